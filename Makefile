@@ -1,0 +1,67 @@
+# One entry point for everything. `make demo` and `make test` need Python 3.11 or later, make and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GOLDENS := .venv-goldens
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types imports buf format protos goldens bench models clean
+
+help:  ## Show what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml hatch_build.py generate_protos.py $(wildcard protos/mxgpt/v1/*.proto)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Make .venv and install mxgpt into it
+
+demo: $(VENV)/.installed  ## Serve the demo model and stream answers to a few prompts
+	$(BIN)/python -m mxgpt.demo
+
+test: $(VENV)/.installed-dev lint types imports buf  ## Lint, types, import contracts and the fast tests
+	$(BIN)/python -m pytest -m 'not slow' -n 2
+
+test-all: $(VENV)/.installed-peers lint types imports buf  ## The same with the slow tests: fuzzing, load, peers
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+buf: $(VENV)/.installed-dev
+	$(BIN)/buf lint
+
+format: $(VENV)/.installed-dev  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.installed-dev  ## Generate mxgpt/v1 from protos/
+	$(BIN)/python generate_protos.py
+
+bench: $(VENV)/.installed-peers  ## Measure the CPU backend beside llama.cpp
+	$(BIN)/python -m benchmarks.bench_cpu
+
+goldens:  ## Make the golden logits again with Hugging Face transformers, in an environment of its own
+	$(PYTHON) -m venv $(GOLDENS)
+	$(GOLDENS)/bin/python -m pip install --quiet torch transformers gguf numpy
+	$(GOLDENS)/bin/python tests/make_goldens.py
+
+clean:  ## Remove environments and generated code
+	rm -rf $(VENV) $(GOLDENS) mxgpt/v1

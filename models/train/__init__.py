@@ -1,0 +1,1 @@
+"""How the demo models are made: tasks, tokenizers, models, training, export."""

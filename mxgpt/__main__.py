@@ -1,0 +1,5 @@
+"""``python -m mxgpt``."""
+
+from mxgpt.cli import main
+
+main()

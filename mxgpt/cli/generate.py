@@ -1,0 +1,133 @@
+"""`mxgpt generate`: continue a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import click
+
+from mxgpt.cli.options import connect, generation_arguments, generation_options, prompt_text, server_options
+from mxgpt.cli.terminal import note, write
+from mxgpt.client import Client, Generation
+from mxgpt.options import Prompt
+from mxgpt.results import Piece, Result
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mxgpt generate "Once upon a time" --max-tokens 64
+  mxgpt generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1 --n 3
+  cat story.txt | mxgpt generate - --stop "THE END" > continued.txt
+  mxgpt generate --token-ids "464 2068 7586" --json --logprobs 5
+"""
+)
+@click.argument("prompt", required=False)
+@server_options
+@generation_options
+@click.option("--n", type=int, help="Number of outputs; they are shown one after another.")
+@click.option("--token-ids", is_flag=True, help="The prompt is token ids, with blanks or commas between.")
+@click.option("--special-tokens", is_flag=True, help="Spell special tokens out in the text.")
+@click.option("--logprobs", type=int, help="With --json: log-probabilities of this many likely tokens.")
+@click.option("--prompt-logprobs", type=int, help="With --json: the same for the prompt.")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON for each piece, and one for the result.")
+@click.option("--stats", is_flag=True, help="Say on stderr how fast it went.")
+def generate(prompt: str | None, token_ids: bool, as_json: bool, stats: bool, **options: Any) -> None:
+    """Continue PROMPT, plain text that no chat template touches, and stream what follows to stdout.
+
+    Without PROMPT, or with "-", the prompt is read from stdin, less its last newline. Text is written as it comes;
+    the last line is ended. Ctrl-C stops the generation on the server, too.
+    """
+    text = prompt_text(prompt)
+    with connect(options) as client:
+        arguments = generation_arguments(options)
+        wanted: Prompt = _token_ids(text) if token_ids else text
+        result = _stream(client, wanted, arguments, as_json)
+    if stats:
+        note(describe_speed(result))
+
+
+def describe_speed(result: Result) -> str:
+    """Tokens and rates of a result, in a line."""
+    num_tokens = sum(output.usage.num_output_tokens for output in result.outputs if output.usage)
+    timings = result.timings
+    assert timings is not None
+    # The first token of an output falls to the prompt.
+    rates = [
+        (o.usage.num_output_tokens - 1) / o.timings.decode_seconds
+        for o in result.outputs
+        if o.usage and o.timings and o.timings.decode_seconds > 0
+    ]
+    resumed = f", resumed {result.num_resumes} times" if result.num_resumes else ""
+    return (
+        f"{len(result.prompt_token_ids)} prompt tokens, first token after {timings.first_token_seconds:.3f} s, "
+        f"{num_tokens} tokens at {sum(rates):.1f} tokens/s{resumed}"
+    )
+
+
+def _stream(client: Client, prompt: Prompt, arguments: dict[str, Any], as_json: bool) -> Result:
+    with client.generate(prompt, **arguments) as generation:
+        if as_json:
+            _write_json(generation)
+        elif arguments.get("n", 1) == 1:
+            _write_text(generation)
+        else:
+            _write_outputs(generation)
+        return generation.result
+
+
+def _write_text(generation: Generation) -> None:
+    last = "\n"
+    for piece in generation:
+        write(piece.text)
+        last = piece.text[-1:] or last
+    if last != "\n":
+        write("\n")
+
+
+def _write_outputs(generation: Generation) -> None:
+    """Outputs one after another, for interleaved nobody could read them."""
+    for _ in generation:
+        pass
+    for output in generation.result.outputs:
+        write(f"--- output {output.index}\n{output.text.removesuffix(chr(10))}\n")
+
+
+def _write_json(generation: Generation) -> None:
+    for piece in generation:
+        _write_line(_piece_fields(piece))
+    result = generation.result
+    fields = dataclasses.asdict(result)
+    fields["outputs"] = [
+        {
+            "index": output.index,
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "matched_stop": output.matched_stop,
+            "usage": dataclasses.asdict(output.usage) if output.usage else None,
+            "timings": dataclasses.asdict(output.timings) if output.timings else None,
+        }
+        for output in result.outputs
+    ]
+    _write_line({"result": fields})
+
+
+def _piece_fields(piece: Piece) -> dict[str, Any]:
+    """Fields that say something."""
+    fields = dataclasses.asdict(piece)
+    return {name: value for name, value in fields.items() if value not in ("", ()) or name == "text"}
+
+
+def _write_line(fields: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise click.UsageError(f"--token-ids: {error}") from error

@@ -1,0 +1,138 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mxgpt.client import Client
+from mxgpt.connection import DEFAULT_TARGET
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path, dir_okay=False)
+_SERVER_NAMES = ("token_file", "tls_root", "tls_certificate", "tls_key", "tls_server_name")
+
+
+def server_options(command: F) -> F:
+    """Where the server is and how to reach it; taken out of the arguments again by `connection`."""
+    return _apply(
+        command,
+        click.option(
+            "--server",
+            default=DEFAULT_TARGET,
+            envvar="MXGPT_SERVER",
+            show_default=True,
+            show_envvar=True,
+            help="Address of the executors; several with commas between.",
+        ),
+        click.option("--token-file", type=_PATH, help="File with the bearer token to send; else MXGPT_TOKEN."),
+        click.option("--tls-root", type=_PATH, help="PEM authority of the server's certificate; plain text without."),
+        click.option("--tls-certificate", type=_PATH, help="PEM certificate to show the server."),
+        click.option("--tls-key", type=_PATH, help="PEM key of that certificate."),
+        click.option("--tls-server-name", help="Name in the server's certificate, if not the address's."),
+    )
+
+
+def connection(options: dict[str, Any]) -> dict[str, Any]:
+    """Take `server_options` out of a command's arguments, as arguments for a client.
+
+    Raises:
+        click.UsageError: when they don't fit together or the token file can't be read.
+    """
+    target = options.pop("server")
+    given = {name: options.pop(name) for name in _SERVER_NAMES}
+    token_file = given.pop("token_file")
+    try:
+        token = token_file.read_text().strip() if token_file else os.environ.get("MXGPT_TOKEN")
+    except OSError as error:
+        raise click.UsageError(f"--token-file: {error}") from error
+    return {"target": target, "token": token, **given}
+
+
+def connect(options: dict[str, Any]) -> Client:
+    """A client for `server_options`, which are taken out of a command's arguments.
+
+    Raises:
+        click.UsageError: when they don't fit together.
+    """
+    try:
+        return Client(**connection(options))
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def generation_options(command: F) -> F:
+    """The options of a generation; their defaults are the server's."""
+    return _apply(
+        command,
+        click.option("--model", help="Name, alias or digest; the server's only model by default."),
+        click.option("--max-tokens", "-m", type=int, help="Most tokens to write. Default: what the context holds."),
+        click.option("--min-tokens", type=int, help="Fewest tokens to write."),
+        click.option("--temperature", "-t", type=float, help="0 is greedy. Default: 1."),
+        click.option("--top-k", type=int, help="Keep the k most likely tokens; 0 keeps all."),
+        click.option("--top-p", type=float, help="Keep the smallest set of this probability."),
+        click.option("--min-p", type=float, help="Keep tokens this likely, relative to the best."),
+        click.option("--repetition-penalty", type=float, help="Divides logits of tokens seen. Default: 1."),
+        click.option("--presence-penalty", type=float, help="Subtracted for tokens written before."),
+        click.option("--frequency-penalty", type=float, help="Subtracted for each time that they were."),
+        click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="Added to a token's logit. Repeatable."),
+        click.option("--seed", type=int, help="Makes the draws repeatable."),
+        click.option(
+            "--stop", "stop_strings", multiple=True, metavar="TEXT", help="Ends the text; not shown. Repeatable."
+        ),
+        click.option("--stop-token-id", "stop_token_ids", multiple=True, type=int, help="Ends the text. Repeatable."),
+        click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end."),
+        click.option("--priority", type=int, help="Higher ones are admitted first; -100 to 100."),
+        click.option("--request-id", help="Names the request in the server's logs."),
+        click.option("--timeout", type=float, metavar="SECONDS", help="Give up after this long, retries included."),
+    )
+
+
+def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `Client.generate` out of `generation_options`.
+
+    Raises:
+        click.UsageError: for a logit bias that is none.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    arguments = {name: value for name, value in given.items() if value is not False}  # but 0 is a value
+    if "logit_bias" in arguments:
+        arguments["logit_bias"] = dict(_bias(text) for text in arguments["logit_bias"])
+    return arguments
+
+
+def prompt_text(given: str | None) -> str:
+    """The prompt: the argument itself, or stdin for "-" or none, less its last newline.
+
+    Raises:
+        click.UsageError: when there is none and nobody pipes one in.
+    """
+    if given is not None and given != "-":
+        return given
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError("give a PROMPT, or pipe one in")
+    text = sys.stdin.buffer.read()
+    try:
+        return text.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the prompt on stdin is not UTF-8: {error}") from error
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError as error:
+        raise click.UsageError(f"--logit-bias {text!r}: write ID=BIAS, as in 42=-1.5") from error
+
+
+def _apply(command: F, *options: Callable[[Any], Any]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command

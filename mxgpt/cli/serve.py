@@ -1,0 +1,133 @@
+"""`mxgpt serve`: everything on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import click
+from rich.progress import Progress, TaskID
+
+from mxgpt.bundled import find_model
+from mxgpt.cli.failures import FAILED, OK, CommandError
+from mxgpt.cli.terminal import dim, progress
+from mxgpt.serve import EXECUTOR_PORT, LOADER_PORT, TOKENIZER_PORT, ServeConfig, ServeError, Supervisor
+
+_PORT = click.IntRange(0, 65535)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  mxgpt serve                                          # the bundled demo model
+  mxgpt serve --model gpt-oss-20b-mxfp4.gguf
+  mxgpt serve --port 0                                 # any free port; the address is printed
+  mxgpt serve --executors 2                            # two executors over one copy of the weights
+  mxgpt serve --host 0.0.0.0 --allow-insecure --token-file tokens.txt
+
+\b
+Logs go to stderr, each line marked with its service; stdout has one line, once requests can be served.
+Ctrl-C or SIGTERM lets running requests finish (--drain-seconds) and stops everything; a second Ctrl-C does not wait.
+A service that dies is reported and started again, up to five times a minute; one that can't start ends the command.
+With TLS, run `mxgpt loader`, `mxgpt tokenizer` and `mxgpt executor` each by itself.
+"""
+)
+@click.option("--model", type=click.Path(path_type=Path), help="GGUF file, or the first of its shards. Default: demo.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", or a GPU as "cuda:0".')
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface that executors listen on.")
+@click.option("--port", type=_PORT, default=EXECUTOR_PORT, show_default=True, help="0 picks a free one.")
+@click.option("--tokenizer-port", type=_PORT, default=TOKENIZER_PORT, show_default=True, help="On loopback.")
+@click.option("--loader-port", type=_PORT, default=LOADER_PORT, show_default=True, help="On loopback.")
+@click.option("--executors", "num_executors", type=click.IntRange(1, 64), default=1, show_default=True)
+@click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens to accept, one a line.")
+@click.option("--allow-insecure", is_flag=True, help="Listen beyond loopback without TLS.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each executor. Default: half the cores.")
+@click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and output. Default: the model's own.")
+@click.option("--kv-memory-mib", type=click.IntRange(1), help="Memory for KV blocks of each executor.")
+@click.option("--float32-budget-mib", type=click.IntRange(0), help="Larger models stay quantised on the CPU.")
+@click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="What running requests get.")
+@click.option("--log-level", default="INFO", show_default=True)
+@click.pass_context
+def serve(
+    context: click.Context,
+    /,
+    model: Path | None,
+    threads: int | None,
+    max_context: int | None,
+    kv_memory_mib: int | None,
+    float32_budget_mib: int | None,
+    **options: object,
+) -> None:
+    """Load a model and serve it: loader, tokenizer and executor, as processes of their own."""
+    of_executors = {"--threads": threads, "--max-context": max_context, "--kv-memory-mib": kv_memory_mib}
+    config = ServeConfig(
+        model=model or find_model(),
+        executor_options=_given(of_executors),
+        loader_options=_given({"--float32-budget-mib": float32_budget_mib}),
+        **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
+    )
+    try:
+        code = asyncio.run(_serve(config))
+    except ServeError as error:
+        raise CommandError(str(error)) from error
+    context.exit(code)
+
+
+def _given(options: dict[str, int | None]) -> tuple[str, ...]:
+    """Command line options that have a value."""
+    return tuple(text for name, value in options.items() if value is not None for text in (name, str(value)))
+
+
+async def _serve(config: ServeConfig) -> int:
+    with progress() as bar:
+        task = bar.add_task(f"loading {config.model.name}", total=None)
+        supervisor = Supervisor(config, _print_line, lambda done, total: _advance(bar, task, done, total))
+        stopping = _stop_on_signals(supervisor)
+        running = asyncio.create_task(_run(supervisor, bar))
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if not stopping.is_set():
+                running.result()
+                return FAILED
+            return OK
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await supervisor.stop()
+            stopped.cancel()
+
+
+async def _run(supervisor: Supervisor, bar: Progress) -> None:
+    await supervisor.start()
+    bar.stop()
+    config = supervisor.config
+    print(f"mxgpt serves {config.model.name} on {supervisor.address}", flush=True)
+    await supervisor.ended()
+
+
+def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; the second one kills."""
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            supervisor.kill()
+            return
+        _print_line("serve", "stopping; running requests may finish")
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return stopping
+
+
+def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total or None)
+
+
+def _print_line(label: str, line: str) -> None:
+    print(f"{dim(f'{label:<10}|', sys.stderr)} {line}", file=sys.stderr, flush=True)

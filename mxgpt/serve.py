@@ -1,0 +1,303 @@
+"""All three services on this machine, as child processes under one supervisor.
+
+A child that ends after everything was ready is reported and started again: the services are made to find each other
+again, and weights in memory outlive their loader. One that ends before, or too often, ends the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mxgpt.child import Child
+from mxgpt.v1 import loader_pb2, loader_pb2_grpc
+from shared.channel import open_channel
+from shared.config import ClientConfig
+from shared.errors import Reason
+from shared.gguf import read_gguf
+from shared.gpt_config import GPTConfig
+from shared.rpc_errors import from_rpc_error
+
+T = TypeVar("T")
+
+EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
+
+MAX_RESTARTS = 5  # of one child within RESTART_WINDOW seconds
+RESTART_WINDOW = 60.0
+RESTART_DELAY = 0.5  # seconds, times the number of restarts within the window
+STOP_MARGIN = 5.0  # seconds beyond the drain before a child is killed
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What to serve and where; port 0 picks a free one.
+
+    Raises:
+        ValueError: for no executor at all.
+    """
+
+    model: Path
+    device: str = "cpu"
+    host: str = "127.0.0.1"  # of the executors; the others are for this machine alone
+    port: int = 0  # of the first executor; further ones pick theirs
+    tokenizer_port: int = 0
+    loader_port: int = 0
+    num_executors: int = 1
+    drain_seconds: float = 30.0
+    log_level: str = "INFO"
+    token_file: Path | None = None
+    allow_insecure: bool = False
+    executor_options: tuple[str, ...] = ()  # further options of `mxgpt executor`
+    loader_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_executors < 1:
+            raise ValueError("at least one executor is needed")
+
+
+class ServeError(Exception):
+    """The services could not start or stay up; the message says which and why."""
+
+
+class Supervisor:
+    """The services from start to stop.
+
+        async with Supervisor(ServeConfig(model), print_line) as server:
+            client = AsyncClient(server.address)
+
+    Args:
+        on_line: called with a label and a line, for each line of a child and each report of the supervisor.
+        on_progress: called with the bytes loaded so far and in all.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        on_line: Callable[[str, str], None] = lambda _label, _line: None,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        self.config = config
+        self._on_line = on_line
+        self._on_progress = on_progress
+        self._directory = tempfile.TemporaryDirectory(prefix="mxgpt-")
+        self._children: list[Child] = []  # in the order in which they are stopped
+        self._watches: list[asyncio.Task[None]] = []
+        self._ready = False
+        self._addresses: list[str] = []
+        self.tokenizer_address = ""
+
+    @property
+    def address(self) -> str:
+        """Where Generate is served: every executor, with commas between."""
+        return ",".join(self._addresses)
+
+    async def start(self) -> None:
+        """Start everything; returns when requests can be served.
+
+        Raises:
+            ServiceError: for a model that can't be loaded.
+            ServeError: for a service that ended instead.
+        """
+        await asyncio.to_thread(_check_model, self.config.model)
+        loader = await self._start_loader()
+        loading = asyncio.create_task(self._watch_load(await self._or_end(loader.address())))
+        try:
+            await self._start_others(await loader.address())
+            await self._or_end(loading)
+        finally:
+            loading.cancel()
+        for address in self._addresses:
+            await self._or_end(self._until_healthy(address))
+        self._ready = True
+
+    async def ended(self) -> None:
+        """Wait until a child has ended that is not started again.
+
+        Raises:
+            ServeError: saying which, and how.
+        """
+        done, _ = await asyncio.wait(self._watches, return_when=asyncio.FIRST_COMPLETED)
+        for watch in done:
+            watch.result()
+
+    async def stop(self) -> None:
+        """Drain and stop: the executors first, then what they lean on."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        executors = [child for child in self._children if child.name == "executor"]
+        await asyncio.gather(*(self._stop(child) for child in executors))
+        for child in self._children:
+            await self._stop(child)
+        self._directory.cleanup()
+
+    def kill(self) -> None:
+        """End everything at once, for those who can't wait."""
+        for child in self._children:
+            child.kill()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _start_loader(self) -> Child:
+        config = self.config
+        socket = Path(self._directory.name) / "loader.sock"
+        options = ["--socket", str(socket), "--model", os.path.abspath(config.model), *config.loader_options]
+        return await self._start_child("loader", "loader", f"127.0.0.1:{config.loader_port}", options)
+
+    async def _start_others(self, loader_address: str) -> None:
+        config = self.config
+        tokenizer = await self._start_child(
+            "tokenizer", "tokenizer", f"127.0.0.1:{config.tokenizer_port}", ["--loader", loader_address]
+        )
+        self.tokenizer_address = await self._or_end(tokenizer.address())
+        options = ["--loader", loader_address, "--tokenizer", self.tokenizer_address, "--device", config.device]
+        options += ["--drain-seconds", str(config.drain_seconds), *config.executor_options]
+        if config.token_file is not None:
+            options += ["--token-file", str(config.token_file)]
+        if config.allow_insecure:
+            options += ["--allow-insecure"]
+        executors = [
+            await self._start_child(
+                "executor",
+                "executor" if config.num_executors == 1 else f"executor {number}",
+                f"{config.host}:{config.port if number == 0 else 0}",
+                options,
+            )
+            for number in range(config.num_executors)
+        ]
+        self._addresses = [await self._or_end(executor.address()) for executor in executors]
+
+    async def _start_child(self, name: str, label: str, listen: str, options: list[str]) -> Child:
+        every_option = [*options, "--log-level", self.config.log_level]
+        child = Child(name, label, listen, every_option, self._on_line)
+        await child.start()
+        self._children.insert(0, child)
+        self._watches.append(asyncio.create_task(self._watch(child)))
+        return child
+
+    async def _watch(self, child: Child) -> None:
+        """Keep a child running; raises when that is hopeless."""
+        restarts: deque[float] = deque()
+        while True:
+            how = await child.wait()
+            if not self._ready:
+                raise ServeError(f"the {child.label} {how} before it could serve; its log says why")
+            restarts.append(time.monotonic())
+            while restarts[0] < time.monotonic() - RESTART_WINDOW:
+                restarts.popleft()
+            if len(restarts) > MAX_RESTARTS:
+                raise ServeError(f"the {child.label} {how}, for the {len(restarts)}th time in {RESTART_WINDOW:.0f} s")
+            self._on_line("serve", f"the {child.label} {how}; starting it again")
+            await asyncio.sleep(RESTART_DELAY * len(restarts))
+            await child.start()
+
+    async def _or_end(self, work: Awaitable[T]) -> T:
+        """The result of `work`, unless a child ends for good before it comes."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([task, *self._watches], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await self.ended()
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _watch_load(self, loader_address: str) -> None:
+        """Join the load that the loader began, for its progress and its errors."""
+        request = loader_pb2.LoadModelRequest(path=os.path.abspath(self.config.model))
+        async with open_channel(loader_address) as channel:
+            stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
+            while True:
+                try:
+                    async for response in stub.LoadModel(request, wait_for_ready=True):
+                        self._on_progress(response.bytes_done, response.bytes_total)
+                    return
+                except grpc.RpcError as error:
+                    failure = from_rpc_error(error, Reason.LOADER_UNAVAILABLE)
+                    if failure.reason is not Reason.LOADER_UNAVAILABLE:
+                        raise failure from None
+                await asyncio.sleep(0.05)
+
+    async def _until_healthy(self, address: str) -> None:
+        metadata = _token_metadata(self.config.token_file)
+        async with open_channel(_reachable(address), ClientConfig()) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            while True:
+                with contextlib.suppress(grpc.RpcError):
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0, metadata=metadata)
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                await asyncio.sleep(0.02)
+
+    async def _stop(self, child: Child) -> None:
+        if not await child.stop(self.config.drain_seconds + STOP_MARGIN):
+            self._on_line("serve", f"the {child.label} did not end in time and was killed")
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, on_progress: Callable[[int, int], None] | None = None) -> AsyncIterator[Supervisor]:
+    """The services over a model on free ports, quietly, for a command that needs them for a while.
+
+    What the children wrote is told in the error, should they fail to start.
+    """
+    lines: deque[str] = deque(maxlen=20)
+    supervisor = Supervisor(
+        ServeConfig(model, drain_seconds=1.0),
+        lambda label, line: lines.append(f"{label}: {line}"),
+        on_progress or (lambda _done, _total: None),
+    )
+    try:
+        await supervisor.start()
+    except ServeError as error:
+        await supervisor.stop()
+        raise ServeError("\n".join([str(error), *lines])) from error
+    except BaseException:
+        await supervisor.stop()
+        raise
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+
+
+def _check_model(path: Path) -> None:
+    """Refuse early, and clearly, a file that no loader would load.
+
+    Raises:
+        ServiceError: MODEL_NOT_FOUND, MODEL_INVALID, ARCHITECTURE_UNSUPPORTED and their like.
+    """
+    gguf = read_gguf(path)
+    GPTConfig.from_gguf(gguf).check_tensors(gguf)
+
+
+def _reachable(address: str) -> str:
+    """An address to call for one to listen on: a wildcard stands for this machine."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address
+
+
+def _token_metadata(token_file: Path | None) -> tuple[tuple[str, str], ...]:
+    if token_file is None:
+        return ()
+    tokens = [line.strip() for line in token_file.read_text().splitlines() if line.strip() and line[0] != "#"]
+    return (("authorization", f"Bearer {tokens[0]}"),) if tokens else ()

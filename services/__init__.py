@@ -1,0 +1,1 @@
+"""The three services of mxgpt: loader, tokenizer and executor."""

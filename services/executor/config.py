@@ -1,0 +1,94 @@
+"""The executor's configuration, validated once, and what follows from it for the engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.executor.engine_config import EngineConfig
+from services.executor.step import FULL, WINDOW
+from shared.config import ClientConfig, ServerConfig
+from shared.errors import Reason, ServiceError
+from shared.gpt_config import GPTConfig
+from shared.memory import kv_groups, num_kv_blocks
+
+
+@dataclass(frozen=True)
+class ExecutorConfig:
+    """How one executor runs.
+
+    Raises:
+        ValueError: for a device that this version can't run on, or a number out of its range.
+    """
+
+    server: ServerConfig
+    peers: ClientConfig
+    loader: str  # target of the loader
+    tokenizer: str  # target of the tokenizers
+    model: str = ""  # name, alias or digest; empty: the only one that the loader has
+    executor_id: str = ""  # empty: host name and process id
+    device: str = "cpu"
+    num_threads: int = 1
+    max_context: int | None = None  # None: the model's own
+    kv_memory_bytes: int = 2**30
+    block_size: int = 32
+    max_batch_tokens: int = 256
+    max_running: int = 64
+    max_waiting: int = 512
+    write_stall_seconds: float = 60.0
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise ValueError(f"device {self.device!r} is not built; this version runs on 'cpu'")
+        for name in ("num_threads", "kv_memory_bytes", "block_size", "max_batch_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """The executor's id, made up where none is given."""
+        return self.executor_id or f"{socket.gethostname()}-{os.getpid()}"
+
+    def engine_config(self, model: GPTConfig) -> EngineConfig:
+        """The engine's share: KV blocks of each group, as many as the memory holds and the batch can use.
+
+        Raises:
+            ServiceError: MEMORY_EXHAUSTED when the memory does not hold one sequence of a single block.
+        """
+        context = min(self.max_context or model.context_length, model.context_length)
+        num_blocks = self._num_blocks(model, context)
+        return EngineConfig(
+            # What a request without max_tokens may grow to must fit.
+            max_context=min(context, num_blocks.get(FULL, context) * self.block_size),
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+        )
+
+    def _num_blocks(self, model: GPTConfig, context: int) -> dict[str, int]:
+        groups = kv_groups(model, self.block_size)
+        useful = num_kv_blocks(model, context, self.max_running, self.block_size, self.max_batch_tokens)
+        remaining = self.kv_memory_bytes
+        num_blocks: dict[str, int] = {}
+        # Windowed layers first: what they need does not grow with the context.
+        for group in sorted(groups, key=lambda group: group.name != WINDOW):
+            share = remaining if group.name != WINDOW else remaining // 2
+            num_blocks[group.name] = min(useful[group.name], share // group.block_bytes)
+            remaining -= num_blocks[group.name] * group.block_bytes
+        if min(num_blocks.values()) < 1:
+            raise ServiceError(
+                Reason.MEMORY_EXHAUSTED,
+                f"{self.kv_memory_bytes} bytes of KV memory hold no block; "
+                f"one block takes {sum(group.block_bytes for group in groups)} bytes",
+            )
+        return num_blocks
+
+
+def default_num_threads(cores: Sequence[int] | None = None) -> int:
+    """Half of the cores that this process may use: the other half serves, tokenizes and loads."""
+    return max(1, len(cores if cores is not None else os.sched_getaffinity(0)) // 2)

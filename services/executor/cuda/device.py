@@ -1,0 +1,178 @@
+"""A GPU as the backend sees it: its context, one stream, memory, kernels by name, graphs.
+
+The device's primary context is retained, so that PyCUDA and cuda-bindings work in the same one. `close` pops it: a
+context that is still on the stack when a process ends aborts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycuda.driver as cuda
+from cuda.bindings import driver
+from numpy.typing import NDArray
+
+from services.executor.cuda.compile import Compiler, Module, architecture
+from shared.errors import Reason, ServiceError
+
+Grid = tuple[int, int, int]
+PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
+
+
+class Device:
+    """One GPU, current in the thread that makes it.
+
+    Raises:
+        ServiceError: EXECUTOR_UNAVAILABLE if there is no such GPU.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            cuda.init()
+            device = cuda.Device(index)
+        except cuda.Error as error:
+            raise ServiceError(Reason.EXECUTOR_UNAVAILABLE, f"no NVIDIA GPU {index} can be used: {error}.") from None
+        self.name: str = device.name()
+        self.capability: tuple[int, int] = device.compute_capability()
+        self.num_multiprocessors: int = device.multiprocessor_count
+        self._context = device.retain_primary_context()
+        self._context.push()
+        self.stream = cuda.Stream()
+        self._functions: dict[str, tuple[Any, str]] = {}
+        self._allocations: list[Any] = []
+
+    def load(
+        self,
+        modules: Mapping[Module, Sequence[tuple[str, str, str]]],  # (name here, name of the entry point, types)
+        cache: Path | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compile modules and prepare their entry points: types are P for a pointer, i an int, f a float."""
+        cubins = Compiler(architecture(self.capability), cache).compile_all(list(modules), report)
+        for module, entries in modules.items():
+            loaded = cuda.module_from_buffer(cubins[module])
+            for name, entry, types in entries:
+                function = loaded.get_function(entry)
+                function.prepare(types)
+                self._functions[name] = (function, types)
+
+    def launch(self, name: str, grid: Grid, threads: int, *arguments: int | float) -> None:
+        """Start a kernel on the stream."""
+        function, types = self._functions[name]
+        assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, not {len(arguments)}"
+        assert min(grid) > 0
+        function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments)
+
+    def allocate(self, num_bytes: int) -> int:
+        """The address of new memory, all zero, 256-byte aligned; it lives until `close`.
+
+        Raises:
+            ServiceError: VRAM_EXHAUSTED, naming what is needed and what is free.
+        """
+        free, _ = cuda.mem_get_info()
+        try:
+            memory = cuda.mem_alloc(max(num_bytes, 1))
+        except cuda.MemoryError:
+            message = f"{num_bytes} bytes of GPU memory are needed, {free} are free."
+            metadata = {"needed": str(num_bytes), "free": str(free)}
+            raise ServiceError(Reason.VRAM_EXHAUSTED, message, metadata=metadata) from None
+        self._allocations.append(memory)
+        cuda.memset_d8_async(memory, 0, max(num_bytes, 1), self.stream)
+        return int(memory)
+
+    def upload(self, address: int, values: Any) -> None:
+        """Copy an array or a buffer of the host, in the stream's order; it may be changed once this returns."""
+        cuda.memcpy_htod_async(address, values, self.stream)
+
+    def download(self, address: int, out: NDArray[Any]) -> None:
+        """Copy to an array of the host, in the stream's order; complete after `synchronize`."""
+        cuda.memcpy_dtoh_async(out, address, self.stream)
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        cuda.memcpy_dtod_async(target, source, num_bytes, self.stream)
+
+    def pinned(self, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        """An array in page-locked memory, which copies run at full speed from and to."""
+        array: NDArray[Any] = cuda.pagelocked_empty(tuple(shape), dtype)
+        return array
+
+    def synchronize(self) -> None:
+        """Wait until everything on the stream is done."""
+        self.stream.synchronize()
+
+    def measure(self, work: Callable[[], None], repeat: int = 1) -> float:
+        """Microseconds of the stream's time that one call of `work` takes, the mean over `repeat`."""
+        start, end = cuda.Event(), cuda.Event()
+        start.record(self.stream)
+        for _ in range(repeat):
+            work()
+        end.record(self.stream)
+        end.synchronize()
+        return float(end.time_since(start)) * 1000 / repeat
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """The kernels that `work` launches, as a graph; nothing runs yet."""
+        handle = driver.CUstream(self.stream.handle)
+        _check(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        try:
+            work()
+        finally:
+            captured = driver.cuStreamEndCapture(handle)
+        (graph,) = _check(captured)
+        if self.capability >= (9, 0):
+            _make_edges_programmatic(graph)
+        (executable,) = _check(driver.cuGraphInstantiate(graph, 0))
+        _check(driver.cuGraphDestroy(graph))
+        return Graph(executable, handle)
+
+    def close(self) -> None:
+        """Free what was allocated and leave the context."""
+        self.synchronize()
+        for memory in self._allocations:
+            memory.free()
+        self._allocations.clear()
+        self._functions.clear()
+        self._context.pop()
+
+
+class Graph:
+    """A step's kernels, ready to be launched at once."""
+
+    def __init__(self, executable: Any, stream: Any) -> None:
+        self._executable, self._stream = executable, stream
+
+    def launch(self) -> None:
+        _check(driver.cuGraphLaunch(self._executable, self._stream))
+
+    def destroy(self) -> None:
+        _check(driver.cuGraphExecDestroy(self._executable))
+
+
+def _make_edges_programmatic(graph: Any) -> None:
+    """Let each kernel start while the one before it still runs; the kernels wait themselves (device.cuh)."""
+    *_, num_edges = _check(driver.cuGraphGetEdges(graph))
+    if num_edges == 0:
+        return
+    sources, targets, edges, _ = _check(driver.cuGraphGetEdges(graph, num_edges))
+    _check(driver.cuGraphRemoveDependencies(graph, sources, targets, edges, num_edges))
+    programmatic = []
+    for _ in range(num_edges):
+        edge = driver.CUgraphEdgeData()
+        edge.from_port, edge.to_port, edge.type = 1, 0, PROGRAMMATIC
+        programmatic.append(edge)
+    _check(driver.cuGraphAddDependencies(graph, sources, targets, programmatic, num_edges))
+
+
+def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise ServiceError(Reason.INTERNAL, f"CUDA: {error.name}.")
+    return tuple(values)
+
+
+def as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """A contiguous array as its bytes."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

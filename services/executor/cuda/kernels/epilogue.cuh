@@ -1,0 +1,56 @@
+// What becomes of a product's sums: bias, activation, residual, type.
+#pragma once
+
+#include "device.cuh"
+
+enum Epilogue {
+    STORE = 0,     // out[row][output] = sum + bias, in float
+    RESIDUAL = 1,  // out[row][output] += sum + bias, in float
+    GELU = 2,      // out[row][output] = gelu(sum + bias), in half
+    SWIGLU = 3,    // out[row][i] = swiglu(gate i, up i), in half; the strips hold eight rows of gate, then eight of up
+};
+
+struct Output {
+    void* values;           // (rows, pitch)
+    const float* bias;      // (num_outputs,) of each expert, or null; with SWIGLU that of gate
+    const float* up_bias;   // (num_outputs,) of each expert, with SWIGLU
+    int pitch;              // values in a row
+    int num_outputs;        // of each expert; with SWIGLU of gate
+    int epilogue;
+};
+
+// tanh form; https://arxiv.org/abs/1606.08415
+__device__ __forceinline__ float gelu(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * x * (1.0f + 0.044715f * x * x)));
+}
+
+// OpenAI's variant: both inputs clamped, a sigmoid of 1.702 times the gate, one added to up.
+__device__ __forceinline__ float swiglu(float gate, float up) {
+    gate = fminf(gate, 7.0f);
+    up = fminf(fmaxf(up, -7.0f), 7.0f);
+    return gate / (1.0f + __expf(-1.702f * gate)) * (up + 1.0f);
+}
+
+__device__ __forceinline__ void finish_one(const Output& out, const float* bias, int row, int output, float sum) {
+    if (output >= out.num_outputs) return;
+    const size_t index = static_cast<size_t>(row) * out.pitch + output;
+    if (bias != nullptr) sum += bias[output];
+    if (out.epilogue == STORE) static_cast<float*>(out.values)[index] = sum;
+    if (out.epilogue == RESIDUAL) static_cast<float*>(out.values)[index] += sum;
+    if (out.epilogue == GELU) static_cast<__half*>(out.values)[index] = to_half(gelu(sum));
+}
+
+// The sums of outputs g and g + 8 of strip `strip` in row `row`.
+__device__ __forceinline__ void finish(const Output& out, int expert, int strip, int g, int row, float low, float high) {
+    const size_t offset = static_cast<size_t>(expert) * out.num_outputs;
+    if (out.epilogue != SWIGLU) {
+        const float* bias = out.bias == nullptr ? nullptr : out.bias + offset;
+        finish_one(out, bias, row, strip * 16 + g, low);
+        finish_one(out, bias, row, strip * 16 + g + 8, high);
+        return;
+    }
+    const int output = strip * 8 + g;
+    if (output >= out.num_outputs) return;
+    const float activated = swiglu(low + out.bias[offset + output], high + out.up_bias[offset + output]);
+    static_cast<__half*>(out.values)[static_cast<size_t>(row) * out.pitch + output] = to_half(activated);
+}

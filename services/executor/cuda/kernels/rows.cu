@@ -1,0 +1,24 @@
+// Whole rows of floats: sums, and chosen rows.
+//
+// Launch: add: grid (ceil(count / 256)); gather: grid (rows); 256 threads. Moves: each value read and written once.
+#include "device.cuh"
+
+extern "C" __global__ void add(float* x,        // (count,), x += y
+                               const float* y,  // (count,)
+                               int count) {
+    start_dependents();
+    await_inputs();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) x[i] += y[i];
+}
+
+extern "C" __global__ void gather(const float* x,    // (rows, size)
+                                  const int* rows,   // (gridDim.x,)
+                                  float* out,        // (gridDim.x, size)
+                                  int size) {
+    start_dependents();
+    await_inputs();
+    const float* source = x + static_cast<size_t>(rows[blockIdx.x]) * size;
+    float* target = out + static_cast<size_t>(blockIdx.x) * size;
+    for (int i = threadIdx.x; i < size; i += blockDim.x) target[i] = source[i];
+}

@@ -1,0 +1,128 @@
+"""Keys and values in blocks on the GPU, and a batch's arrays as kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.executor.cuda.device import Device
+from services.executor.step import KVGroup, StepBatch
+from shared.gpt_config import GPTConfig
+from shared.layout import round_up
+
+BLOCK_MULTIPLE = 32  # positions of a chunk of attention
+HEAD_MULTIPLE = 32  # dimensions of a head that attention reads at once
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's blocks: keys (blocks, K, block_size, D), values (blocks, K, D, block_size), in half, D padded."""
+
+    group: str
+    window: int
+    keys: int
+    values: int
+    block_bytes: int  # of keys, and of values
+
+
+def padded_head_size(config: GPTConfig) -> int:
+    return round_up(config.head_size, HEAD_MULTIPLE)
+
+
+def block_bytes(config: GPTConfig, block_size: int) -> int:
+    """Bytes of a block's keys in one layer; its values take as many."""
+    return 2 * config.num_kv_heads * block_size * padded_head_size(config)
+
+
+def allocate_kv(device: Device, config: GPTConfig, group: KVGroup, num_blocks: int, block_size: int) -> KVLayer:
+    """One layer's blocks, all zero: what is not written yet adds nothing."""
+    size = block_bytes(config, block_size)
+    keys, values = (device.allocate(num_blocks * size) for _ in range(2))
+    return KVLayer(group.name, group.window, keys, values, size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides where a batch's arrays lie, and which kernels run on them: the key of a graph."""
+
+    num_rows: int
+    num_logits: int
+    num_sequences: int
+    num_items: int  # of attention
+    table_width: int  # logical blocks
+    tile_rows: int  # rows of queries in an item, 16 or 32
+    num_splits: int  # of an item's positions, in layers that see all
+
+
+@dataclass(frozen=True)
+class CudaStep:
+    """A batch on the device. Addresses of int32 arrays."""
+
+    shape: Shape
+    token_ids: int  # (num_rows,)
+    positions: int  # (num_rows,)
+    logits_rows: int  # (num_logits,)
+    items: int  # (num_items, 4): first row, rows, position of the first, sequence
+    places: dict[str, int]  # by group: (num_rows,) block * block_size + offset
+    tables: dict[str, int]  # by group: (num_sequences, table_width)
+    num_ints: int  # of all
+
+
+def lay_out(shape: Shape, groups: Sequence[KVGroup], base: int) -> CudaStep:
+    """Where the arrays of a batch of this shape lie from `base` on."""
+    offset = 0
+
+    def take(count: int) -> int:
+        nonlocal offset
+        address = base + 4 * offset
+        offset += round_up(count, 4)
+        return address
+
+    token_ids, positions, logits_rows = take(shape.num_rows), take(shape.num_rows), take(shape.num_logits)
+    items = take(4 * shape.num_items)
+    places = {group.name: take(shape.num_rows) for group in groups}
+    tables = {group.name: take(shape.num_sequences * shape.table_width) for group in groups}
+    return CudaStep(shape, token_ids, positions, logits_rows, items, places, tables, offset)
+
+
+def pack(batch: StepBatch, step: CudaStep, block_size: int, item_tokens: int, base: int) -> NDArray[np.int32]:
+    """The arrays of a batch as `lay_out` puts them. Rows that only fill its shape have no place."""
+    ints = np.zeros(step.num_ints, np.int32)
+
+    def view(address: int, count: int) -> NDArray[np.int32]:
+        start = (address - base) // 4
+        return ints[start : start + count]
+
+    num_rows = len(batch.token_ids)
+    view(step.token_ids, num_rows)[:] = batch.token_ids
+    view(step.positions, num_rows)[:] = batch.positions
+    view(step.logits_rows, len(batch.logits_rows))[:] = batch.logits_rows
+    items = make_items(batch, item_tokens)
+    view(step.items, items.size)[:] = items.reshape(-1)
+    for name, address in step.tables.items():
+        places = view(step.places[name], step.shape.num_rows)
+        places[:] = -1
+        tables = view(address, step.shape.num_sequences * step.shape.table_width).reshape(step.shape.num_sequences, -1)
+        for index, sequence in enumerate(batch.sequences):
+            table = sequence.block_tables[name]
+            tables[index, : len(table)] = table
+            rows = slice(sequence.start, sequence.start + sequence.num_tokens)
+            positions = np.arange(sequence.context_length - sequence.num_tokens, sequence.context_length)
+            blocks = table[positions // block_size]
+            assert blocks.min() >= 0, "a row has no block to write to"
+            places[rows] = blocks * block_size + positions % block_size
+    return ints
+
+
+def make_items(batch: StepBatch, item_tokens: int) -> NDArray[np.int32]:
+    """Rows of one sequence that are attended to together: (items, 4), as `CudaStep.items`."""
+    items = []
+    for index, sequence in enumerate(batch.sequences):
+        position = sequence.context_length - sequence.num_tokens
+        for first in range(0, sequence.num_tokens, item_tokens):
+            count = min(item_tokens, sequence.num_tokens - first)
+            items.append((sequence.start + first, count, position + first, index))
+    return np.array(items, np.int32).reshape(-1, 4)

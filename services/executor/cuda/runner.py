@@ -1,0 +1,208 @@
+"""Runs a model on a GPU over KV blocks of its own, one step at a time.
+
+Steps in which every sequence has one token run as a CUDA graph of their shape, captured when the shape first occurs;
+their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.executor.cuda.device import Device, Graph
+from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kv import (
+    BLOCK_MULTIPLE,
+    KVLayer,
+    Shape,
+    allocate_kv,
+    block_bytes,
+    lay_out,
+    pack,
+    padded_head_size,
+)
+from services.executor.cuda.ops import (
+    MAX_SPLITS,
+    SMALL_ROWS,
+    TARGET_BLOCKS,
+    CudaOps,
+    Epilogue,
+    Product,
+    Workspace,
+    item_tokens,
+)
+from services.executor.cuda.weights import CudaWeights
+from services.executor.models import MODELS
+from services.executor.step import FULL, WINDOW, KVGroup, StepBatch
+from shared.errors import invalid_field
+from shared.gpt_config import GPTConfig
+from shared.layout import round_up
+from shared.memory import kv_groups
+
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MAX_LOGITS = 256  # rows of logits at once
+MAX_HEAD_SIZE = 128
+SPLIT_CHUNKS = 4  # of 32 positions, that a split has at least: one for each of its warps
+
+
+class CudaRunner:
+    """Implements `services.executor.step.Runner` with CUDA.
+
+    Args:
+        device: the GPU; the runner's kernels are compiled (or found in the cache) here.
+        weights: the model's, in layout cuda.v1.
+        block_size: positions in a KV block, a multiple of 32.
+        num_blocks: KV blocks of each group, by its name.
+        max_batch_tokens: most rows of a step.
+        max_sequences: most sequences of a step.
+        cache: folder of compiled kernels; None is the user's own.
+        report: called with (kernels compiled, kernels in all).
+
+    Raises:
+        ServiceError: FIELD_INVALID for another block size or a head that attention does not take, VRAM_EXHAUSTED.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: CudaWeights,
+        block_size: int,
+        num_blocks: Mapping[str, int],
+        max_batch_tokens: int,
+        max_sequences: int,
+        cache: Path | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
+        config = weights.config
+        _check(config, block_size)
+        self._device, self._config, self._block_size = device, config, block_size
+        self._groups = [KVGroup(group.name, group.num_layers, group.window) for group in kv_groups(config, block_size)]
+        device.load(modules_of(config, weights.families), cache, report)
+        max_rows = max(max_batch_tokens, next((rows for rows in GRAPH_ROWS if rows >= max_sequences), max_sequences))
+        self._max_rows = max_rows
+        self._workspace = Workspace(device, config, max_rows, min(MAX_LOGITS, max_rows))
+        self._ops = CudaOps(device, config, self._workspace, block_size)
+        self._model = MODELS[config.architecture](cast(Any, weights), cast(Any, self._ops))
+        by_name = {group.name: group for group in self._groups}
+        layer_groups = [by_name[WINDOW if config.is_windowed(layer) else FULL] for layer in range(config.num_layers)]
+        self._kv_layers = [
+            allocate_kv(device, config, group, num_blocks[group.name], block_size) for group in layer_groups
+        ]
+        self._kv_bytes = sum(2 * num_blocks[group.name] * block_bytes(config, block_size) for group in layer_groups)
+        self._inputs = device.allocate(4 * self._max_ints(max_rows, max_sequences))
+        self._logits = device.pinned((min(MAX_LOGITS, max_rows), config.vocab_size), np.float32)
+        self._graphs: dict[Shape, Graph] = {}
+        device.synchronize()
+
+    @property
+    def kv_groups(self) -> Sequence[KVGroup]:
+        return self._groups
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV blocks."""
+        return self._kv_bytes
+
+    def forward(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Write the KV of every row; logits (num_logits, vocab_size). The batch has at least one row."""
+        num_rows, num_logits = len(batch.token_ids), len(batch.logits_rows)
+        assert 1 <= num_rows <= self._max_rows
+        shape = self.shape_of(batch)
+        step = lay_out(shape, self._groups, self._inputs)
+        tokens = item_tokens(self._config, shape.tile_rows)
+        self._device.upload(self._inputs, pack(batch, step, self._block_size, tokens, self._inputs))
+        if _is_decode(batch) and num_rows <= GRAPH_ROWS[-1]:
+            self.graph(shape).launch()
+            self._device.download(self._workspace.logits, self._logits[:num_rows])
+            self._device.synchronize()
+            return self._logits[:num_rows].copy()
+        head = self._model.forward(self._ops.prepare(step), self._kv_layers)
+        logits = np.empty((num_logits, self.vocab_size), np.float32)
+        for start in range(0, num_logits, len(self._logits)):
+            piece = logits[start : start + len(self._logits)]
+            self._run_head(self._ops.rows_of(head, start, start + len(piece)))
+            self._device.download(self._workspace.logits, self._logits[: len(piece)])
+            self._device.synchronize()
+            piece[:] = self._logits[: len(piece)]
+        self._device.synchronize()
+        return logits
+
+    def copy_blocks(self, group: str, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole KV blocks (source, target) in every layer of `group`."""
+        for layer in self._kv_layers:
+            if layer.group == group:
+                for source, target in pairs:
+                    self._copy_block(layer, source, target)
+
+    def shape_of(self, batch: StepBatch) -> Shape:
+        """The shape under which a batch runs: rounded up where steps are to share a graph."""
+        num_rows, num_logits, num_sequences = len(batch.token_ids), len(batch.logits_rows), len(batch.sequences)
+        longest = max(sequence.context_length for sequence in batch.sequences)
+        table_width = 1 << max(3, (-(-longest // self._block_size) - 1).bit_length())
+        if not _is_decode(batch) or num_rows > GRAPH_ROWS[-1]:
+            shared = self._config.num_heads // self._config.num_kv_heads
+            is_wide = padded_head_size(self._config) <= 64 and num_rows > num_sequences
+            tile_rows = 32 if is_wide or shared > 16 else 16
+            tokens = item_tokens(self._config, tile_rows)
+            num_items = sum(-(-sequence.num_tokens // tokens) for sequence in batch.sequences)
+            return Shape(num_rows, num_logits, num_sequences, num_items, table_width, tile_rows, 1)
+        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
+        tile_rows = 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+        return Shape(rows, rows, rows, rows, table_width, tile_rows, self._num_splits(rows, table_width))
+
+    def graph(self, shape: Shape) -> Graph:
+        """The graph of a decoding step of this shape."""
+        if shape not in self._graphs:
+            step = lay_out(shape, self._groups, self._inputs)
+            self._graphs[shape] = self._device.capture(
+                lambda: self._run_head(self._model.forward(self._ops.prepare(step), self._kv_layers))
+            )
+        return self._graphs[shape]
+
+    def close(self) -> None:
+        """Free the graphs; the memory is the device's to free."""
+        for graph in self._graphs.values():
+            graph.destroy()
+        self._graphs.clear()
+
+    def _num_splits(self, num_rows: int, table_width: int) -> int:
+        """Splits of a sequence's positions: enough blocks to fill the GPU, each with work for its warps."""
+        if num_rows > SMALL_ROWS:
+            return 1
+        chunks = table_width * self._block_size // BLOCK_MULTIPLE
+        wanted = TARGET_BLOCKS // (num_rows * self._config.num_kv_heads)
+        return max(1, min(MAX_SPLITS, wanted, chunks // SPLIT_CHUNKS))
+
+    def _run_head(self, head: Product) -> None:
+        if head.x.num_rows:
+            self._ops.run(head, self._workspace.logits, self.vocab_size, Epilogue.STORE)
+
+    def _copy_block(self, layer: KVLayer, source: int, target: int) -> None:
+        for pool in (layer.keys, layer.values):
+            self._device.copy(pool + target * layer.block_bytes, pool + source * layer.block_bytes, layer.block_bytes)
+
+    def _max_ints(self, max_rows: int, max_sequences: int) -> int:
+        blocks = -(-self._config.context_length // self._block_size)
+        tables = round_up(max_sequences, GRAPH_ROWS[0]) * (1 << max(3, (blocks - 1).bit_length()))
+        return (7 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
+
+
+def _is_decode(batch: StepBatch) -> bool:
+    """Whether every sequence has one token, and logits of every row are wanted."""
+    return len(batch.token_ids) == len(batch.sequences) == len(batch.logits_rows)
+
+
+def _check(config: GPTConfig, block_size: int) -> None:
+    if block_size < 1 or block_size % BLOCK_MULTIPLE != 0:
+        raise invalid_field("block_size", f"a multiple of {BLOCK_MULTIPLE} on the GPU, got {block_size}")
+    shared = config.num_heads // config.num_kv_heads
+    if config.head_size > MAX_HEAD_SIZE or shared > (32 if padded_head_size(config) <= 64 else 16):
+        raise invalid_field("model", f"heads of {config.head_size} values, {shared} to a key head, do not fit the GPU")

@@ -1,0 +1,300 @@
+"""The engine: requests in, events out, one step at a time.
+
+It is single-threaded: `submit`, `cancel` and `status` are called between steps. `docs/decisions/002` tells why
+it schedules and samples as it does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.executor.admission import check_queue, check_request, max_tokens
+from services.executor.blocks import BlockManager, BlockUsage
+from services.executor.engine_config import EngineConfig
+from services.executor.outcome import Outcome, read_logits
+from services.executor.request import (
+    Event,
+    FinishReason,
+    OutputFinished,
+    PromptScored,
+    Request,
+    RequestFailed,
+    RequestStarted,
+    ResumedOutput,
+    TokenDrawn,
+)
+from services.executor.scheduler import Plan, Scheduler
+from services.executor.sequence import ActiveRequest, Sequence
+from services.executor.step import Runner
+from shared.errors import Reason, ServiceError, invalid_field
+
+__all__ = ["Engine", "EngineConfig", "EngineStatus"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing; counters are since its start."""
+
+    num_running: int  # sequences in the batch
+    num_waiting: int  # sequences that wait for admission
+    blocks: tuple[BlockUsage, ...]  # one for each group
+    num_steps: int
+    num_prompt_tokens: int  # computed, those computed again after a preemption included
+    num_cached_tokens: int  # of prompts, found in the prefix cache
+    num_output_tokens: int  # drawn
+    num_preemptions: int
+
+
+class Engine:
+    """Runs requests together on one runner.
+
+    Events of a request come in this order: RequestStarted; then PromptScored, TokenDrawn and OutputFinished, the
+    last once for each output that was not resumed as finished. Or RequestFailed ends it at any point.
+
+    Args:
+        runner: the model; its KV blocks are numbered as `config` counts them.
+        config: how much to take on.
+        clock: seconds, for the times that events tell.
+    """
+
+    def __init__(self, runner: Runner, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        for group in runner.kv_groups:
+            if group.name not in config.num_blocks:
+                raise invalid_field("num_blocks", f"lacks the group {group.name}")
+        self._runner = runner
+        self._config = config
+        self._clock = clock
+        self._blocks = BlockManager(runner.kv_groups, config.block_size, config.num_blocks)
+        self._scheduler = Scheduler(config, self._blocks)
+        self._requests: dict[str, ActiveRequest] = {}
+        self._ended: list[ActiveRequest] = []  # submitted with nothing left to run
+        self._arrivals = itertools.count()
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests)
+
+    def submit(self, request: Request) -> None:
+        """Take a request; what comes of it comes from `step`.
+
+        Raises:
+            ServiceError: REQUEST_ID_IN_USE, PROMPT_EMPTY, TOKEN_ID_INVALID, FIELD_INVALID,
+                CONTEXT_LENGTH_EXCEEDED, KV_EXHAUSTED or QUEUE_FULL; the engine is then as before.
+        """
+        if request.request_id in self._requests:
+            raise ServiceError(Reason.REQUEST_ID_IN_USE, f"a request with the id {request.request_id} is running")
+        check_request(request, self._config, self._blocks, self._runner.vocab_size)
+        check_queue(request, self._config, len(self._scheduler.running) + len(self._scheduler.waiting))
+        active = ActiveRequest(request, next(self._arrivals), self._clock())
+        for index in range(request.sampling.num_outputs):
+            resumed = request.resumed.get(index, ResumedOutput())
+            if not resumed.finished:
+                self._open(active, index, resumed.token_ids)
+        self._requests[request.request_id] = active
+        for sequence in active.sequences.values():
+            self._scheduler.add(sequence)
+        if not active.sequences:
+            self._ended.append(active)
+
+    def cancel(self, request_id: str, index: int | None = None) -> bool:
+        """Drop a request, or one of its outputs, at once: its blocks are free and no event follows for it.
+
+        Returns:
+            Whether there was anything to drop.
+        """
+        active = self._requests.get(request_id)
+        if active is None:
+            return False
+        if index is None:
+            self._drop(active)
+            return True
+        if index not in active.sequences:
+            return False
+        self._retire(active.sequences[index])
+        return True
+
+    def step(self) -> list[Event]:
+        """Run every chosen sequence's next tokens through the model once; returns what came of it."""
+        step_time = self._clock()
+        events = self._tell_ended(step_time)
+        plan = self._scheduler.schedule()
+        if plan is None:
+            assert not self._requests, "sequences wait, and none can run"
+            return events
+        try:
+            logits = self._run(plan)
+            outcomes = read_logits(plan, logits)
+        except Exception:
+            return events + self._fail_step(plan)
+        self._num_steps += 1
+        events += self._fail_unsound(outcomes)
+        for outcome in outcomes:
+            if outcome.share.sequence.active.request.request_id in self._requests:
+                self._deliver(outcome, step_time, events)
+        return events
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing now."""
+        scheduler = self._scheduler
+        return EngineStatus(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            blocks=self._blocks.usage(),
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert every invariant between steps; for tests and for finding defects."""
+        self._scheduler.check_integrity()
+        sequences = [sequence for active in self._requests.values() for sequence in active.sequences.values()]
+        scheduled = self._scheduler.running + self._scheduler.waiting
+        assert set(map(id, sequences)) == set(map(id, scheduled)), "requests and scheduler disagree"
+        assert len(scheduled) == len(sequences), "a sequence is scheduled twice"
+        for active in self._requests.values():
+            assert active.sequences or active in self._ended, "a request without sequences stays"
+        self._blocks.check_integrity(scheduled)
+
+    def _open(self, active: ActiveRequest, index: int, resumed_token_ids: tuple[int, ...]) -> None:
+        """Make an output's sequence, unless what was resumed has ended already."""
+        sequence = Sequence(
+            active,
+            index,
+            resumed_token_ids,
+            max_tokens(active.request, self._config),
+            self._runner.vocab_size,
+            len(self._runner.kv_groups),
+            self._config.block_size,
+        )
+        ending = sequence.ending()
+        if ending is None:
+            active.sequences[index] = sequence
+        else:
+            active.ended.append(_finished(sequence, ending, active.submit_time))
+
+    def _tell_ended(self, step_time: float) -> list[Event]:
+        """Start and end the requests that had nothing left to run."""
+        events: list[Event] = []
+        for active in self._ended:
+            self._start(active, step_time, events)
+            del self._requests[active.request.request_id]
+        self._ended.clear()
+        return events
+
+    def _run(self, plan: Plan) -> NDArray[np.float32]:
+        """Logits (num_logits, vocab_size) of a step."""
+        logits = self._runner.forward(plan.batch)
+        assert logits.shape == (len(plan.batch.logits_rows), self._runner.vocab_size), "the runner gave other rows"
+        return logits
+
+    def _deliver(self, outcome: Outcome, step_time: float, events: list[Event]) -> None:
+        """Take what one sequence's rows gave into its state and tell it."""
+        sequence, active = outcome.share.sequence, outcome.share.sequence.active
+        self._advance(sequence, outcome.share.num_tokens)
+        if not active.is_started:
+            self._start(active, step_time, events)
+        if outcome.scores:
+            events.append(PromptScored(active.request.request_id, active.num_scored_rows + 1, outcome.scores))
+            active.num_scored_rows += len(outcome.scores)
+        if outcome.token_id is None:
+            return
+        sequence.append(outcome.token_id)
+        self._num_output_tokens += 1
+        events.append(TokenDrawn(active.request.request_id, sequence.index, outcome.token_id, outcome.logprobs))
+        now = self._clock()
+        if sequence.first_token_time is None:
+            sequence.first_token_time = now
+        ending = sequence.ending()
+        if ending is not None:
+            self._retire(sequence)
+            events.append(_finished(sequence, ending, now))
+
+    def _advance(self, sequence: Sequence, num_tokens: int) -> None:
+        num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed
+        self._num_prompt_tokens += max(0, min(num_tokens, num_prompt_left))
+        if num_tokens >= num_prompt_left:
+            sequence.active.is_prompt_computed = True
+        sequence.num_computed += num_tokens
+        self._blocks.advance(sequence)
+
+    def _start(self, active: ActiveRequest, step_time: float, events: list[Event]) -> None:
+        active.is_started = True
+        queue_seconds = step_time - active.submit_time
+        events.append(RequestStarted(active.request.request_id, active.num_cached_tokens, queue_seconds))
+        events.extend(active.ended)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Take an output out of the engine, and with the last one its request."""
+        active = sequence.active
+        self._scheduler.remove(sequence)
+        del active.sequences[sequence.index]
+        if active.sequences:
+            return
+        if active.ended and not active.is_started:  # cancelled before it was told that other outputs had ended
+            self._ended.append(active)
+        else:
+            del self._requests[active.request.request_id]
+
+    def _drop(self, active: ActiveRequest, is_sound: bool = True) -> None:
+        """Take a whole request out of the engine."""
+        for sequence in active.sequences.values():
+            self._scheduler.remove(sequence, is_sound)
+        if active in self._ended:
+            self._ended.remove(active)
+        del self._requests[active.request.request_id]
+
+    def _fail_step(self, plan: Plan) -> list[Event]:
+        """Fail every request of a step that broke; nothing of it has been taken into any state."""
+        reference = uuid.uuid4().hex[:12]
+        log.exception("a step failed, reference %s", reference)
+        error = f"the model failed in the step that this request was in, reference {reference}"
+        return self._fail([share.sequence.active for share in plan.shares], error, reference)
+
+    def _fail_unsound(self, outcomes: list[Outcome]) -> list[Event]:
+        """Fail the requests whose logits can't be drawn from."""
+        actives = [outcome.share.sequence.active for outcome in outcomes if not outcome.is_sound]
+        if not actives:
+            return []
+        reference = uuid.uuid4().hex[:12]
+        ids = [active.request.request_id for active in actives]
+        log.error("logits of requests %s are not finite, reference %s", ids, reference)
+        return self._fail(actives, f"the model's logits are not finite, reference {reference}", reference)
+
+    def _fail(self, actives: list[ActiveRequest], message: str, reference: str) -> list[Event]:
+        events: list[Event] = []
+        for active in dict.fromkeys(actives):
+            self._drop(active, is_sound=False)
+            error = ServiceError(Reason.INTERNAL, message, metadata={"reference": reference})
+            events.append(RequestFailed(active.request.request_id, error))
+        return events
+
+
+def _finished(sequence: Sequence, ending: tuple[FinishReason, int | None], now: float) -> OutputFinished:
+    reason, matched_token_id = ending
+    active, first = sequence.active, sequence.first_token_time
+    return OutputFinished(
+        active.request.request_id,
+        sequence.index,
+        reason,
+        sequence.num_output_tokens,
+        matched_token_id,
+        first_token_seconds=0.0 if first is None else first - active.submit_time,
+        decode_seconds=0.0 if first is None else now - first,
+    )

@@ -1,0 +1,140 @@
+"""The server process's view of the engine process: submit, cancel, and a callback for every step's events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from services.executor.engine import EngineStatus
+from services.executor.engine_config import EngineConfig
+from services.executor.messages import (
+    AskStatus,
+    Broken,
+    Cancel,
+    Command,
+    Events,
+    Ready,
+    Setup,
+    StatusAnswer,
+    Submit,
+    pack,
+    read_answer,
+)
+from services.executor.request import Event, Request
+from shared.errors import Reason, ServiceError
+from shared.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+
+def engine_gone() -> ServiceError:
+    """What becomes of requests whose engine process has ended: another executor can go on with them."""
+    return ServiceError(Reason.EXECUTOR_UNAVAILABLE, "the executor's engine process has ended")
+
+
+class EngineClient:
+    """Starts the engine process and talks with it; one task reads its answers in order.
+
+    `on_events` is called once for each step, on the event loop; `gone` is set when the process has ended.
+    """
+
+    def __init__(self, on_events: Callable[[Sequence[Event]], None]) -> None:
+        self.gone = asyncio.Event()
+        self._on_events = on_events
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._status_waiters: list[asyncio.Future[EngineStatus]] = []
+
+    async def start(
+        self, manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig, num_threads: int, log_level: str
+    ) -> EngineStatus:
+        """Start the process and wait until it runs.
+
+        Raises:
+            ServiceError: when the engine can't start, with what it said.
+        """
+        ours, theirs = socket.socketpair()
+        threads = str(num_threads)
+        environment = dict(os.environ, OPENBLAS_NUM_THREADS=threads, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.executor.engine_process",
+                str(theirs.fileno()),
+                log_level,
+                pass_fds=(theirs.fileno(), *descriptors),
+                env=environment,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(Setup(manifest, tuple(descriptors), engine))
+        try:
+            answer = await read_answer(reader)
+        except asyncio.IncompleteReadError as error:
+            raise ServiceError(Reason.INTERNAL, "the engine process ended while it was starting") from error
+        if isinstance(answer, Broken):
+            raise answer.error
+        assert isinstance(answer, Ready)
+        self._reading = asyncio.create_task(self._read(reader))
+        return answer.status
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to the engine; whatever comes of it comes as events."""
+        self._send(Submit(request))
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one output of it; no events follow for it but those already under way."""
+        self._send(Cancel(request_id, index))
+
+    async def status(self) -> EngineStatus:
+        """The engine's status after the step that runs now.
+
+        Raises:
+            ServiceError: when the process has ended.
+        """
+        waiter: asyncio.Future[EngineStatus] = asyncio.get_running_loop().create_future()
+        self._status_waiters.append(waiter)
+        self._send(AskStatus())
+        return await waiter
+
+    async def stop(self) -> None:
+        """End the process: closing the socket is enough, a kill follows if it is not."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 5)
+            except TimeoutError:
+                self._process.send_signal(signal.SIGKILL)
+                await self._process.wait()
+        if self._reading is not None:
+            await self._reading
+
+    def _send(self, command: Command) -> None:
+        if self._writer is None or self.gone.is_set():
+            raise engine_gone()
+        self._writer.write(pack(command))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                answer = await read_answer(reader)
+                if isinstance(answer, Events):
+                    self._on_events(answer.events)
+                elif isinstance(answer, StatusAnswer):
+                    waiter = self._status_waiters.pop(0)
+                    if not waiter.done():  # its caller may have gone
+                        waiter.set_result(answer.status)
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            pass
+        finally:
+            self.gone.set()
+            for waiter in self._status_waiters:
+                if not waiter.done():
+                    waiter.set_exception(engine_gone())

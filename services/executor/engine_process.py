@@ -1,0 +1,97 @@
+"""The engine as a process of its own: it maps the weights, owns the KV blocks, and runs step after step.
+
+It is started by `services.executor.engine_client` with one end of a socket pair and the descriptors of the
+weights. It ends when the other end is closed, so it never outlives its server.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+import sys
+
+from services.executor.engine import Engine
+from services.executor.messages import (
+    AskStatus,
+    Broken,
+    Cancel,
+    Command,
+    EngineSocket,
+    Events,
+    Ready,
+    Setup,
+    StatusAnswer,
+    Submit,
+)
+from services.executor.request import RequestFailed
+from services.executor.runner import NumpyRunner
+from services.executor.weights import Weights
+from shared.descriptors import map_readonly
+from shared.errors import Reason, ServiceError
+from shared.logs import set_up_logs
+
+
+def main(socket_descriptor: int) -> None:
+    """Run the engine over the socket `socket_descriptor` until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
+    connection = EngineSocket(socket.socket(fileno=socket_descriptor))
+    try:
+        setup = connection.receive()
+        assert isinstance(setup, Setup)
+        engine = _start(connection, setup)
+        if engine is not None:
+            _run(connection, engine)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _start(connection: EngineSocket, setup: Setup) -> Engine | None:
+    try:
+        allocations = setup.manifest.allocations
+        buffers = [
+            map_readonly(descriptor, allocation.num_bytes)
+            for descriptor, allocation in zip(setup.descriptors, allocations, strict=True)
+        ]
+        weights = Weights(setup.manifest, buffers)
+        runner = NumpyRunner(
+            setup.manifest.config, weights, block_size=setup.engine.block_size, num_blocks=setup.engine.num_blocks
+        )
+        engine = Engine(runner, setup.engine)
+    except ServiceError as error:
+        connection.send(Broken(error))
+        return None
+    except MemoryError:
+        connection.send(Broken(ServiceError(Reason.MEMORY_EXHAUSTED, "the KV blocks do not fit this host's memory")))
+        return None
+    gc.freeze()  # what lives as long as the process need not be walked again and again
+    connection.send(Ready(engine.status()))
+    return engine
+
+
+def _run(connection: EngineSocket, engine: Engine) -> None:
+    while True:
+        while not engine.has_work or connection.has_command():
+            _obey(connection, engine, connection.receive())
+        events = engine.step()
+        if events:
+            connection.send(Events(events))
+
+
+def _obey(connection: EngineSocket, engine: Engine, command: Command) -> None:
+    if isinstance(command, Submit):
+        try:
+            engine.submit(command.request)
+        except ServiceError as error:
+            connection.send(Events([RequestFailed(command.request.request_id, error)]))
+    elif isinstance(command, Cancel):
+        engine.cancel(command.request_id, command.index)
+    elif isinstance(command, AskStatus):
+        connection.send(StatusAnswer(engine.status()))
+    else:
+        raise AssertionError(f"unexpected command {command!r}")
+
+
+if __name__ == "__main__":
+    set_up_logs("engine", sys.argv[2])
+    main(int(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""Starts an executor: attach to the loader, spawn the engine, serve; keep the lease and the tokenizer in view."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import click
+
+from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2_grpc
+from services.executor.config import ExecutorConfig, default_num_threads
+from services.executor.engine_client import EngineClient, engine_gone
+from services.executor.loader_client import Attachment, LoaderClient
+from services.executor.servicer import ExecutorServicer
+from services.executor.text_pipe import TextPipe
+from services.executor.tokenizer_client import TokenizerClient
+from shared.channel import open_channel
+from shared.config import client_config, client_options, server_config, server_options
+from shared.errors import Reason, ServiceError, Status
+from shared.layout import LAYOUTS
+from shared.logs import set_up_logs
+from shared.server import OVERALL, Server
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 50051
+TOKENIZER_HEALTH = "mxgpt.tokenizer"  # health names of an executor's peers
+LOADER_HEALTH = "mxgpt.loader"
+
+
+class Executor:
+    """One executor and everything that it owns, from start to stop."""
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        self._config = config
+        names = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
+        self._server = Server(config.server, [names])
+        self._servicer = ExecutorServicer(self._server, config.name, config.device, config.write_stall_seconds)
+        executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._servicer, self._server.grpc)
+        self._engine = EngineClient(self._servicer.on_events)
+        self._loader = LoaderClient(config.loader, config.peers)
+        self._tokenizer_channel = open_channel(config.tokenizer, config.peers)
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def run(self) -> int:
+        """Serve until a signal or until the engine's process ends; returns the exit code."""
+        address = await self._server.start()
+        log.info("listening on %s", address)
+        print(f"executor listening on {address}", flush=True)
+        self._tasks.append(asyncio.create_task(self._bring_up()))
+        serving = asyncio.create_task(self._server.serve(self._servicer.drained))
+        engine_gone = asyncio.create_task(self._engine.gone.wait())
+        bring_up = self._tasks[0]
+        await asyncio.wait([serving, engine_gone, _failure_of(bring_up)], return_when=asyncio.FIRST_COMPLETED)
+        failed = not serving.done()
+        if failed:
+            await self._report_failure(bring_up)
+            serving.cancel()
+        await self._stop()
+        engine_gone.cancel()
+        return 1 if failed else 0
+
+    async def _bring_up(self) -> None:
+        attachment = await self._attach()
+        manifest = attachment.manifest
+        engine_config = self._config.engine_config(manifest.config)
+        await self._engine.start(
+            manifest, attachment.descriptors, engine_config, self._config.num_threads, self._config.log_level
+        )
+        tokenizer = TokenizerClient(self._tokenizer_channel, manifest.digest)
+        pipe = TextPipe(tokenizer_pb2_grpc.TokenizerServiceStub(self._tokenizer_channel), manifest.digest)
+        self._servicer.serve_model(manifest, engine_config.max_context, self._engine, tokenizer, pipe)
+        self._tasks.append(asyncio.create_task(pipe.run()))
+        self._tasks.append(asyncio.create_task(self._watch_loader()))
+        self._tasks.append(asyncio.create_task(self._watch_tokenizer(tokenizer)))
+        log.info(
+            "serving %s (%s) with %d KV blocks", manifest.model, manifest.digest, sum(engine_config.num_blocks.values())
+        )
+
+    async def _attach(self) -> Attachment:
+        """Attach as soon as the loader is there and has the model; any service may start first."""
+        delay, last_message = 0.05, ""
+        while True:
+            try:
+                return await self._loader.attach(self._config.model, LAYOUTS, self._config.name)
+            except ServiceError as error:
+                if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
+                    raise
+                if error.message != last_message:
+                    log.info("waiting for the loader: %s", error.message)
+                    last_message = error.message
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 1.0)
+
+    async def _watch_loader(self) -> None:
+        while True:
+            await self._server.set_health(LOADER_HEALTH, self._loader.attached.is_set())
+            await self._loader.changed.wait()
+            self._loader.changed.clear()
+
+    async def _watch_tokenizer(self, tokenizer: TokenizerClient) -> None:
+        """Become healthy once a tokenizer has described the model's vocabulary."""
+        last_message = ""
+        while True:
+            try:
+                await tokenizer.vocabulary()
+                break
+            except ServiceError as error:
+                if error.message != last_message:
+                    log.info("waiting for the tokenizer: %s", error.message)
+                    last_message = error.message
+                await asyncio.sleep(0.2)
+        await self._server.set_health(TOKENIZER_HEALTH, True)
+        await self._server.set_health(OVERALL, True)
+
+    async def _report_failure(self, bring_up: asyncio.Task[None]) -> None:
+        await self._server.set_health(OVERALL, False)
+        error = bring_up.exception() if bring_up.done() and not bring_up.cancelled() else None
+        if isinstance(error, ServiceError):
+            log.error("can't serve: %s (%s)", error.message, error.reason.name)
+        elif error is not None:
+            log.error("can't serve", exc_info=error)
+        else:
+            log.error("the engine process has ended")
+            self._servicer.generations.fail_all(engine_gone())
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._engine.stop()
+        await self._loader.close()
+        await self._tokenizer_channel.close()
+        await self._server.grpc.stop(grace=0.2)
+
+
+async def _wait_for_failure(task: asyncio.Task[None]) -> None:
+    await asyncio.wait([task])
+    if task.cancelled() or task.exception() is None:
+        await asyncio.Event().wait()
+
+
+def _failure_of(task: asyncio.Task[None]) -> asyncio.Task[None]:
+    return asyncio.create_task(_wait_for_failure(task))
+
+
+@click.command()
+@server_options(DEFAULT_PORT)
+@client_options()
+@click.option("--loader", default="127.0.0.1:50053", show_default=True, help="Address of the loader.")
+@click.option("--tokenizer", default="127.0.0.1:50052", show_default=True, help="Address of the tokenizers.")
+@click.option("--model", default="", help="Name, alias or digest of the model; the loader's only one by default.")
+@click.option("--executor-id", default="", help="Id in Started and in leases; host and process by default.")
+@click.option("--device", default="cpu", show_default=True, help="Device to run on.")
+@click.option("--threads", "num_threads", type=int, default=default_num_threads, show_default="half the cores")
+@click.option("--max-context", type=int, default=None, help="Tokens of prompt and output; the model's own by default.")
+@click.option("--kv-memory-mib", type=int, default=1024, show_default=True, help="Memory for KV blocks, at most.")
+@click.option("--max-batch-tokens", type=int, default=256, show_default=True, help="Tokens of a step.")
+@click.option("--max-running", type=int, default=64, show_default=True, help="Sequences in a step.")
+@click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
+@click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
+@click.option("--log-level", default="INFO", show_default=True)
+def main(**options: Any) -> None:
+    """Serve Generate for one model, from weights that a loader shares."""
+    set_up_logs("executor", options["log_level"])
+    server = server_config(options)
+    peers = client_config(options)
+    options["kv_memory_bytes"] = options.pop("kv_memory_mib") * 2**20
+    try:
+        config = ExecutorConfig(server=server, peers=peers, **options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    raise SystemExit(asyncio.run(_serve(config)))
+
+
+async def _serve(config: ExecutorConfig) -> int:
+    return await Executor(config).run()

@@ -1,0 +1,226 @@
+"""ExecutorService over gRPC: translates between the contract and the engine, and does nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from mxgpt.v1 import executor_pb2, executor_pb2_grpc
+from services.executor import validation
+from services.executor.engine_client import EngineClient
+from services.executor.generation import Form, Generation, Generations, Origin
+from services.executor.request import Event, Request
+from services.executor.text_pipe import TextPipe
+from services.executor.tokenizer_client import TokenizerClient, Vocabulary
+from services.executor.validation import Limits
+from shared.errors import Reason, ServiceError
+from shared.manifest import Manifest
+from shared.server import Server, servicer_method
+
+
+class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
+    """Serves one model once `serve_model` has been called; until then calls are answered STARTING."""
+
+    def __init__(self, server: Server, executor_id: str, device: str, write_stall_seconds: float) -> None:
+        self.executor_id = executor_id
+        self.generations = Generations()
+        self._server = server
+        self._device = device
+        self._write_stall_seconds = write_stall_seconds
+        self._engine_ids = itertools.count()
+        self._model: _Model | None = None
+
+    def serve_model(
+        self, manifest: Manifest, context_length: int, engine: EngineClient, tokenizer: TokenizerClient, pipe: TextPipe
+    ) -> None:
+        """Begin to answer for a model whose engine runs."""
+        self._model = _Model(manifest, context_length, engine, tokenizer, pipe, self.executor_id)
+
+    def on_events(self, events: Sequence[Event]) -> None:
+        """Deliver one engine step."""
+        assert self._model is not None
+        self.generations.on_events(events)
+        self._model.pipe.flush()
+
+    async def drained(self) -> None:
+        """Return when no call is running."""
+        while self.generations:
+            await asyncio.sleep(0.02)
+
+    @servicer_method
+    async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        model = self._model_for(request.model)
+        validation.check_frame(request, model.limits)
+        if self._server.draining.is_set():
+            raise ServiceError(Reason.DRAINING, "this executor is stopping; another one can serve the request")
+        generation = await self._prepare(model, request)
+        try:
+            self.generations.add(generation, takes_over=request.HasField("resume"))
+            if not generation.nothing_to_run():
+                model.engine.submit(generation.request)
+            async for response in generation.responses():
+                await self._write(context, response)
+        finally:
+            self.generations.remove(generation)
+            generation.close()
+            if not model.engine.gone.is_set():
+                model.engine.cancel(generation.request.request_id)
+
+    @servicer_method
+    async def Cancel(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        generation = self.generations.find(request.request_id)
+        if generation is None:
+            raise ServiceError(
+                Reason.REQUEST_NOT_FOUND,
+                f"request_id: no request {request.request_id!r} runs on executor {self.executor_id}",
+                field="request_id",
+            )
+        generation.fail(ServiceError(Reason.CANCELLED, "the request was cancelled by its id"))
+        return executor_pb2.CancelResponse(executor_id=self.executor_id)
+
+    @servicer_method
+    async def ListModels(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        return executor_pb2.ExecutorServiceListModelsResponse(models=[self._model_for("").proto()])
+
+    @servicer_method
+    async def GetStatus(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        model = self._model_for("")
+        status = await model.engine.status()
+        return executor_pb2.ExecutorServiceGetStatusResponse(
+            executor_id=self.executor_id,
+            model=model.proto(),
+            device=self._device,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+            blocks=[
+                executor_pb2.BlockUsage(
+                    group=group.group,
+                    block_size=group.block_size,
+                    num_blocks=group.num_blocks,
+                    num_free=group.num_free,
+                    num_cached=group.num_cached,
+                )
+                for group in status.blocks
+            ],
+            num_steps=status.num_steps,
+            num_prompt_tokens=status.num_prompt_tokens,
+            num_cached_tokens=status.num_cached_tokens,
+            num_output_tokens=status.num_output_tokens,
+            num_preemptions=status.num_preemptions,
+            draining=self._server.draining.is_set(),
+        )
+
+    def _model_for(self, name: str) -> _Model:
+        model = self._model
+        if model is None:
+            raise ServiceError(Reason.STARTING, "the executor has not attached to its model yet", retry_after=1.0)
+        if name and name not in model.names:
+            raise ServiceError(
+                Reason.MODEL_NOT_FOUND,
+                f"model: this executor serves {model.manifest.model!r}, not {name!r}",
+                field="model",
+            )
+        return model
+
+    async def _prepare(self, model: _Model, request: Any) -> Generation:
+        """Validate and tokenize; everything that may fail before the engine knows of the request."""
+        limits = model.limits
+        sampling = validation.sampling_from(request, limits)
+        stop_strings = validation.stop_strings_from(request)
+        content = request.output.content
+        is_chat = request.WhichOneof("input") == "chat"
+        text = content != executor_pb2.OUTPUT_CONTENT_TOKEN_IDS
+        vocabulary: Vocabulary | None = None
+        if text or stop_strings or is_chat:
+            vocabulary = await model.tokenizer.vocabulary()
+        harmony = is_chat and vocabulary is not None and vocabulary.harmony and not request.output.special_tokens
+        form = Form(
+            text=text,
+            token_ids=content != executor_pb2.OUTPUT_CONTENT_TEXT,
+            stop_strings=stop_strings,
+            harmony=harmony,
+            special_tokens=request.output.special_tokens,
+        )
+        prompt = await self._prompt(model, request)
+        engine_request = Request(
+            request_id=str(next(self._engine_ids)),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            stopping=validation.stopping_from(request, len(prompt), limits),
+            logprobs=_optional(request.output, "logprobs"),
+            # A resumed stream has had its prompt's log-probabilities before.
+            prompt_logprobs=None if request.HasField("resume") else _optional(request.output, "prompt_logprobs"),
+            priority=request.priority,
+            resumed=validation.resumed_from(request, len(prompt), sampling.num_outputs, limits),
+        )
+
+        def cancel_output(index: int) -> None:
+            model.engine.cancel(engine_request.request_id, index)
+
+        request_id = request.request_id or uuid.uuid4().hex
+        return Generation(engine_request, request_id, model.origin, form, vocabulary, model.pipe, cancel_output)
+
+    async def _prompt(self, model: _Model, request: Any) -> tuple[int, ...]:
+        limits = model.limits
+        if request.HasField("resume"):
+            return validation.check_prompt(request.resume.prompt_token_ids, limits, "resume.prompt_token_ids")
+        kind = request.WhichOneof("input")
+        if kind == "token_ids":
+            return validation.check_prompt(request.token_ids.ids, limits, "token_ids")
+        if kind == "text":
+            return validation.check_prompt(await model.tokenizer.tokenize(request.text), limits, "text")
+        return validation.check_prompt(await model.tokenizer.render_chat(request.chat), limits, "chat")
+
+    async def _write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+        try:
+            async with asyncio.timeout(self._write_stall_seconds):
+                await context.write(response)
+        except TimeoutError as error:
+            raise ServiceError(
+                Reason.CLIENT_STALLED, f"the client read nothing for {self._write_stall_seconds:g} s"
+            ) from error
+
+
+class _Model:
+    """The model served and the parts that serve it."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        context_length: int,
+        engine: EngineClient,
+        tokenizer: TokenizerClient,
+        pipe: TextPipe,
+        executor_id: str,
+    ) -> None:
+        self.manifest = manifest
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.pipe = pipe
+        self.names = {manifest.model, manifest.digest, *manifest.aliases}
+        self.origin = Origin(executor_id, manifest.model, manifest.digest)
+        self.limits = Limits(
+            digest=manifest.digest,
+            vocab_size=manifest.config.vocab_size,
+            context_length=context_length,
+            eog_token_ids=frozenset(manifest.eog_token_ids),
+        )
+
+    def proto(self) -> Any:
+        return executor_pb2.ServedModel(
+            name=self.manifest.model,
+            aliases=self.manifest.aliases,
+            digest=self.manifest.digest,
+            architecture=self.manifest.config.architecture,
+            context_length=self.limits.context_length,
+            vocab_size=self.limits.vocab_size,
+        )
+
+
+def _optional(message: Any, name: str) -> int | None:
+    return getattr(message, name) if message.HasField(name) else None

@@ -1,0 +1,73 @@
+"""The executor's unary calls to the tokenizer: prompts to token ids, and facts about the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from shared.errors import Reason, ServiceError
+from shared.rpc_errors import from_rpc_error
+
+CALL_TOKEN = "<|call|>"  # ends a Harmony message that calls a tool
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the executor needs to know of the tokenizer."""
+
+    special_texts: dict[int, str]  # special token id -> spelling
+    harmony: bool
+
+    def is_tool_call(self, token_id: int) -> bool:
+        """Whether `token_id` ends a Harmony message that calls a tool."""
+        return self.harmony and self.special_texts.get(token_id) == CALL_TOKEN
+
+
+class TokenizerClient:
+    """Asks whichever tokenizer replica the channel balances to; `model` is the digest of the model served."""
+
+    def __init__(self, channel: grpc.aio.Channel, model: str, timeout_seconds: float = 20.0) -> None:
+        self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        self.model = model
+        self._timeout_seconds = timeout_seconds
+        self._vocabulary: Vocabulary | None = None
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text, with what the model wants before it.
+
+        Raises:
+            ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
+        """
+        request = tokenizer_pb2.TokenizeRequest(model=self.model, text=text, add_special=True)
+        return list((await self._call(self.stub.Tokenize, request)).token_ids)
+
+    async def render_chat(self, chat: Any) -> list[int]:
+        """Token ids of a conversation in the model's own template.
+
+        Raises:
+            ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
+        """
+        request = tokenizer_pb2.RenderChatRequest(model=self.model, chat=chat)
+        return list((await self._call(self.stub.RenderChat, request)).token_ids)
+
+    async def vocabulary(self) -> Vocabulary:
+        """Facts about the vocabulary, asked for once.
+
+        Raises:
+            ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
+        """
+        if self._vocabulary is None:
+            info = await self._call(self.stub.GetInfo, tokenizer_pb2.GetInfoRequest(model=self.model))
+            self._vocabulary = Vocabulary({token.token_id: token.text for token in info.special_tokens}, info.harmony)
+        return self._vocabulary
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer did not answer in time") from error
+            raise from_rpc_error(error, Reason.TOKENIZER_UNAVAILABLE) from error

@@ -1,0 +1,53 @@
+"""A model in memory: its manifest and the descriptors of its allocations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.descriptors import close_all
+from shared.gguf import GGUFFile
+from shared.manifest import Manifest
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model whose memory is sealed; it can be attached until `free`.
+
+    `file` is what was parsed of its files; None for a model that was adopted, until its files have been found to
+    be the ones it came from.
+    """
+
+    manifest: Manifest
+    descriptors: tuple[int, ...]  # of the allocations, in order
+    file: GGUFFile | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then its aliases."""
+        return (self.manifest.model, *self.manifest.aliases)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each allocation."""
+        return tuple(allocation.num_bytes for allocation in self.manifest.allocations)
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """What tells its memory from every other, whatever that holds."""
+        return tuple(allocation.generation for allocation in self.manifest.allocations)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def tensor_types(self) -> Mapping[str, int]:
+        """Number of tensors by type."""
+        return Counter(tensor.type for tensor in self.manifest.tensors.values())
+
+    def free(self) -> None:
+        """Give the memory back, once nobody else maps it."""
+        close_all(self.descriptors)
+        self.descriptors = ()

@@ -1,0 +1,167 @@
+"""Starts a loader: serve the contract and the descriptors' socket, take memory back, load what was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mxgpt.v1 import loader_pb2, loader_pb2_grpc
+from services.loader.config import LoaderConfig, default_socket
+from services.loader.cpu_memory import CpuMemory
+from services.loader.handover import Handover
+from services.loader.leases import Leases
+from services.loader.loading import LoadOptions, Source, default_name
+from services.loader.loads import Loads
+from services.loader.servicer import LoaderServicer
+from services.loader.store import ModelStore
+from shared.config import server_config, server_options
+from shared.errors import ServiceError
+from shared.logs import set_up_logs
+from shared.server import OVERALL, Server
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 50053
+
+
+class Loader:
+    """One loader and everything that it owns, from start to stop."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self.store = ModelStore()
+        self.leases = Leases()
+        self._config = config
+        self._server = Server(config.server, [loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name])
+        options = LoadOptions(
+            config.model_root, config.num_threads, CpuMemory(config.num_threads, config.float32_budget)
+        )
+        self._loads = Loads(self.store, options)
+        self._handover = Handover(config.socket, config.allowed_uids)
+        self._servicer = LoaderServicer(self._server, self.store, self._loads, self.leases, self._handover)
+        loader_pb2_grpc.add_LoaderServiceServicer_to_server(self._servicer, self._server.grpc)
+        self._found_stale = False
+
+    async def run(self) -> int:
+        """Serve until a signal; returns the exit code, 1 if a model that was asked for at start can't be had."""
+        address = await self.start()
+        loading = asyncio.create_task(self.load_at_start())
+        serving = asyncio.create_task(self._server.serve(self._loads.close))
+        await asyncio.sleep(0)  # signals are handled from here on
+        print(f"loader listening on {address}", flush=True)
+        await asyncio.wait([loading, serving], return_when=asyncio.FIRST_COMPLETED)
+        failed = loading.done() and not loading.result() and not self._server.draining.is_set()
+        if not failed:
+            await serving
+        loading.cancel()
+        serving.cancel()
+        await self.stop()
+        return 1 if failed else 0
+
+    async def start(self) -> str:
+        """Listen, not yet healthy; returns the address with the port in use.
+
+        Raises:
+            OSError: when the socket's path can't be had.
+            RuntimeError: when the address can't be bound.
+        """
+        _make_directory(self._config.socket.parent)
+        self._found_stale = await self._handover.start()
+        try:
+            address = await self._server.start()
+        except BaseException:
+            await self._handover.stop()
+            raise
+        log.info("listening on %s, handing out descriptors on %s", address, self._config.socket)
+        return address
+
+    async def load_at_start(self) -> bool:
+        """Load the models of the configuration, or see them adopted, then be healthy; False if one can't be had."""
+        paths = [Path(os.path.abspath(path)) for path in self._config.models]
+        sources = [Source(path, default_name(path)) for path in paths]
+        self._servicer.adoption.awaited = {source.name: source for source in sources}
+        if self._found_stale and sources:
+            await self._wait_for_adoption(sources)
+        for source in sources:
+            if self.store.get(source.name) is None and not await self._load(source):
+                return False
+            self._servicer.adoption.awaited.pop(source.name, None)
+        await self._server.set_health(OVERALL, True)
+        return True
+
+    async def stop(self) -> None:
+        """End every call and give all memory back; executors keep what they map."""
+        await self._server.stop(self._loads.close)
+        # A socket that stays tells the next loader that executors may bring memory.
+        await self._handover.stop(keep_path=self._servicer.has_ended_leases)
+        for model in self.store.models:
+            self.store.remove(model)
+            model.free()
+
+    async def _wait_for_adoption(self, sources: list[Source]) -> None:
+        seconds = self._config.adoption_seconds
+        log.info(
+            "a loader before this one may have ended under leases: executors have %.0f s to bring its memory", seconds
+        )
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline or self._servicer.adoption.is_busy:
+            if all(self.store.get(source.name) is not None for source in sources):
+                return
+            await asyncio.sleep(0.02)
+
+    async def _load(self, source: Source) -> bool:
+        try:
+            async with self._loads.join(source) as load:
+                await load.ended
+        except ServiceError as error:
+            log.error("can't load %s: %s (%s)", source.path, error.message, error.reason.name)
+            return False
+        return True
+
+
+def _make_directory(path: Path) -> None:
+    """The socket's directory, which nobody else may own: who does could put another socket in its place."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = path.stat().st_uid
+    if owner not in (0, os.getuid()):
+        raise PermissionError(f"{path} belongs to user {owner}; give another --socket")
+
+
+@click.command()
+@server_options(DEFAULT_PORT)
+@click.option("--socket", type=click.Path(path_type=Path), default=default_socket, help="Unix socket for descriptors.")
+@click.option("--model", "models", type=click.Path(path_type=Path), multiple=True, help="GGUF file to load at start.")
+@click.option("--model-root", type=click.Path(path_type=Path), help="Load models from below this directory only.")
+@click.option("--device", default="cpu", show_default=True, help="Where weights live: cpu, or cuda:N.")
+@click.option("--float32-budget-mib", type=int, default=4096, show_default=True, help="Larger models stay quantised.")
+@click.option("--allow-uid", "allowed_uids", type=int, multiple=True, help="User whose executors may map weights too.")
+@click.option("--adoption-seconds", type=float, default=5.0, show_default=True, help="Wait for a dead loader's memory.")
+@click.option("--threads", "num_threads", type=int, default=lambda: min(16, os.cpu_count() or 1), help="To load with.")
+@click.option("--log-level", default="INFO", show_default=True)
+def main(**options: Any) -> None:
+    """Load GGUF models into memory once, and lease them to executors read-only."""
+    set_up_logs("loader", options.pop("log_level"))
+    server = server_config(options)
+    options["float32_budget"] = options.pop("float32_budget_mib") * 2**20
+    try:
+        config = LoaderConfig(server=server, **options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    try:
+        code = asyncio.run(_serve(config))
+    except (OSError, RuntimeError) as error:
+        log.error("can't serve: %s", error)
+        code = 1
+    except ServiceError as error:
+        log.error("can't serve: %s", error.message)
+        code = 1
+    raise SystemExit(code)
+
+
+async def _serve(config: LoaderConfig) -> int:
+    return await Loader(config).run()

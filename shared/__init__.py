@@ -1,0 +1,1 @@
+"""What several services need: formats, errors, configuration, and the frame of a gRPC server."""

@@ -1,0 +1,96 @@
+"""Channels to other services: every address balanced round-robin, kept alive, bounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from shared.config import MAX_MESSAGE_BYTES, ClientConfig
+
+_SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
+
+CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s otherwise: a peer that hangs would be noticed after 90 s
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # the patience with one attempt, in spite of its name
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+)
+
+
+def target_uri(target: str) -> str:
+    """gRPC's URI for "host:port", for several of them with commas between, or for a URI as it is.
+
+    Several addresses must be numeric, except "localhost".
+    """
+    if "," in target:
+        addresses = [address.strip().replace("localhost", "127.0.0.1") for address in target.split(",")]
+        scheme = "ipv6" if addresses[0].startswith("[") else "ipv4"
+        return f"{scheme}:{','.join(addresses)}"
+    if target.startswith(("unix:", "ipv4:", "ipv6:")) or ":///" in target:
+        return target
+    return f"dns:///{target}"
+
+
+def open_channel(
+    target: str, config: ClientConfig | None = None, options: Sequence[tuple[str, Any]] = ()
+) -> grpc.aio.Channel:
+    """An asynchronous channel to `target` (see `target_uri`), with the TLS and token of `config`."""
+    config = config or ClientConfig()
+    every_option = [*CHANNEL_OPTIONS, *options]
+    uri = target_uri(target)
+    if config.tls_root is not None:
+        return grpc.aio.secure_channel(uri, channel_credentials(config), options=every_option)
+    interceptors = [_BearerToken(config.token)] if config.token else []
+    return grpc.aio.insecure_channel(uri, options=every_option, interceptors=interceptors)
+
+
+def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials:
+    """TLS credentials of `config`, with its bearer token on every call.
+
+    Raises:
+        OSError: when a file can't be read.
+    """
+    assert config.tls_root is not None
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=config.tls_root.read_bytes(),
+        private_key=config.tls_key.read_bytes() if config.tls_key else None,
+        certificate_chain=config.tls_certificate.read_bytes() if config.tls_certificate else None,
+    )
+    if config.token:
+        token = grpc.access_token_call_credentials(config.token)
+        return grpc.composite_channel_credentials(credentials, token)
+    return credentials
+
+
+class _BearerToken(
+    grpc.aio.UnaryUnaryClientInterceptor,
+    grpc.aio.UnaryStreamClientInterceptor,
+    grpc.aio.StreamStreamClientInterceptor,
+):
+    """Adds the bearer token to each call of a plain-text channel, where call credentials are not allowed."""
+
+    def __init__(self, token: str) -> None:
+        self._entry = ("authorization", f"Bearer {token}")
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(self._with_token(details), request)
+
+    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(self._with_token(details), request)
+
+    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return await continuation(self._with_token(details), requests)
+
+    def _with_token(self, details: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), self._entry)
+        return details._replace(metadata=metadata)

@@ -1,0 +1,136 @@
+"""Configuration that every server shares: where it listens, who may call, how it stops."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens and how it treats its callers.
+
+    Raises:
+        ValueError: for a listening address that strangers can reach without TLS, or half a TLS pair.
+    """
+
+    listen: str  # host:port; port 0 picks a free one
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # set: clients must show a certificate that this authority signed
+    token_file: Path | None = None  # bearer tokens, one a line
+    allow_insecure: bool = False
+    drain_seconds: float = 30.0  # running streams may finish within it after SIGTERM
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_connection_age_seconds: float | None = None  # None: connections live as long as their clients want
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key come together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        if self.tls_certificate is None and not self.allow_insecure and not _is_local(self.listen):
+            raise ValueError(
+                f"refusing to listen on {self.listen} without TLS: give --tls-certificate and --tls-key, "
+                "or --allow-insecure inside a network that you trust"
+            )
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """How this process calls other services."""
+
+    tls_root: Path | None = None  # authority that signs the servers' certificates; None: plain text
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("a client's certificate and key come together")
+
+
+def server_options(default_port: int) -> Callable[[F], F]:
+    """The click options of `ServerConfig`, passed to the command as keyword arguments of the same names."""
+    options = [
+        click.option("--listen", default=f"127.0.0.1:{default_port}", show_default=True, help="Address to serve on."),
+        click.option("--tls-certificate", type=click.Path(path_type=Path), help="PEM chain to serve TLS with."),
+        click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the certificate."),
+        click.option("--tls-client-ca", type=click.Path(path_type=Path), help="PEM authority that clients must show."),
+        click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens to accept, one a line."),
+        click.option("--allow-insecure", is_flag=True, help="Listen beyond loopback without TLS."),
+        click.option(
+            "--drain-seconds", default=30.0, show_default=True, help="Time that running calls get after SIGTERM."
+        ),
+    ]
+    return _apply(options)
+
+
+def client_options() -> Callable[[F], F]:
+    """The click options of `ClientConfig` for a service that calls others, as `peer_*` keyword arguments."""
+    options = [
+        click.option("--peer-tls-root", type=click.Path(path_type=Path), help="PEM authority of the services called."),
+        click.option("--peer-tls-certificate", type=click.Path(path_type=Path), help="PEM certificate to show them."),
+        click.option("--peer-tls-key", type=click.Path(path_type=Path), help="PEM key of that certificate."),
+        click.option("--peer-token-file", type=click.Path(path_type=Path), help="File with the bearer token to send."),
+    ]
+    return _apply(options)
+
+
+def server_config(options: dict[str, Any], **overrides: Any) -> ServerConfig:
+    """Take `server_options` out of a command's keyword arguments and make a `ServerConfig` of them.
+
+    Raises:
+        click.UsageError: when they don't fit together.
+    """
+    names = ("listen", "tls_certificate", "tls_key", "tls_client_ca", "token_file", "allow_insecure", "drain_seconds")
+    try:
+        return ServerConfig(**{name: options.pop(name) for name in names}, **overrides)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def client_config(options: dict[str, Any]) -> ClientConfig:
+    """Take `client_options` out of a command's keyword arguments and make a `ClientConfig` of them.
+
+    Raises:
+        click.UsageError: when they don't fit together or the token file can't be read.
+    """
+    token_file = options.pop("peer_token_file")
+    try:
+        return ClientConfig(
+            tls_root=options.pop("peer_tls_root"),
+            tls_certificate=options.pop("peer_tls_certificate"),
+            tls_key=options.pop("peer_tls_key"),
+            token=token_file.read_text().strip() if token_file else None,
+        )
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _apply(options: list[Callable[[Any], Any]]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _is_local(listen: str) -> bool:
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

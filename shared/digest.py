@@ -1,0 +1,108 @@
+"""A model's identity: SHA-256 over the SHA-256s of its files' 4 MiB pieces, which many threads can compute."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+from threading import Event
+
+from shared.errors import Reason, ServiceError
+from shared.gguf import GGUFFile, check_unchanged
+
+PIECE_BYTES = 4 << 20
+
+
+class StoppedError(Exception):
+    """Nobody waits for the load any more."""
+
+
+class FileHashes:
+    """The hashes of a model's files, computed by threads of its own from now on; close it, or use it as a context.
+
+    Args:
+        file: the files, as they were when parsed.
+        pins: the plain SHA-256 expected of each file, in order; empty to expect nothing.
+        stop: set to give up.
+    """
+
+    def __init__(self, file: GGUFFile, pins: Sequence[str], num_threads: int, stop: Event) -> None:
+        assert len(pins) in (0, len(file.paths))
+        self._file = file
+        self._pool = ThreadPoolExecutor(num_threads, "hash")
+        # A pin is one hash over a whole file, sequential by nature, so it starts first.
+        self._pins = [
+            self._pool.submit(_check_pin, path, pin, stop) for path, pin in zip(file.paths, pins, strict=False)
+        ]
+        self._pieces = [
+            self._pool.submit(_hash_piece, path, offset, min(PIECE_BYTES, size - offset), stop)
+            for path, size in zip(file.paths, file.file_sizes, strict=True)
+            for offset in range(0, size, PIECE_BYTES)
+        ]
+
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def result(self) -> str:
+        """The digest, once all is hashed and the files are still those that were parsed.
+
+        Raises:
+            ServiceError: MODEL_CHANGED if a file has changed or misses its pin.
+            StoppedError: if the stop was set.
+        """
+        for pin in self._pins:
+            pin.result()
+        whole = hashlib.sha256()
+        for piece in self._pieces:
+            whole.update(piece.result())
+        check_unchanged(self._file)
+        return whole.hexdigest()
+
+
+def digest_of(file: GGUFFile, pins: Sequence[str], num_threads: int, stop: Event) -> str:
+    """The digest of a model's files, read for nothing else; arguments and errors as `FileHashes`."""
+    with FileHashes(file, pins, num_threads, stop) as hashes:
+        return hashes.result()
+
+
+def _hash_piece(path: Path, offset: int, num_bytes: int, stop: Event) -> bytes:
+    if stop.is_set():
+        raise StoppedError
+    hasher = hashlib.sha256()
+    with _open(path) as file:
+        num_read = 0
+        while num_read < num_bytes:
+            data = os.pread(file.fileno(), num_bytes - num_read, offset + num_read)
+            if not data:
+                raise _changed(path, "has shrunk while it was read")
+            hasher.update(data)
+            num_read += len(data)
+    return hasher.digest()
+
+
+def _check_pin(path: Path, pin: str, stop: Event) -> None:
+    hasher = hashlib.sha256()
+    with _open(path) as file:
+        while data := file.read(PIECE_BYTES):
+            if stop.is_set():
+                raise StoppedError
+            hasher.update(data)
+    if hasher.hexdigest() != pin:
+        raise _changed(path, f"has SHA-256 {hasher.hexdigest()}, not {pin} as pinned")
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise _changed(path, f"can't be opened any more: {error.strerror}") from None
+
+
+def _changed(path: Path, why: str) -> ServiceError:
+    return ServiceError(Reason.MODEL_CHANGED, f"{path}: the file {why}.", metadata={"file": str(path)})

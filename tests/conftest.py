@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before numpy comes in: the tests already run on every core, and threads of BLAS that wait for one another are slow.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from tests.stack import ROOT, Stack, running
+
+
+@pytest.fixture(scope="session")
+def demo_gpt_oss() -> Path:
+    return ROOT / "models" / "demo-gpt-oss.gguf"
+
+
+@pytest.fixture(scope="session")
+def demo_gpt2() -> Path:
+    return ROOT / "models" / "demo-gpt2.gguf"
+
+
+@pytest.fixture(scope="session")
+def stack(demo_gpt_oss: Path) -> Iterator[Stack]:
+    """All three services over the gpt-oss demo model, shared by the tests that leave it as they found it."""
+    with running(demo_gpt_oss) as made:
+        yield made

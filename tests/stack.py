@@ -1,0 +1,135 @@
+"""The three services as real processes on free ports, for end-to-end tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 30.0
+
+
+class Service:
+    """One service as a child process; its output is kept for failure reports."""
+
+    def __init__(self, name: str, *options: str) -> None:
+        self.name = name
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"services.{name}", "--listen", "127.0.0.1:0", *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._address: str | None = None
+        self._listening = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        assert self._listening.wait(START_SECONDS), f"{self.name} did not start:\n{self.text}"
+        assert self._address is not None, f"{self.name} ended:\n{self.text}"
+        return self._address
+
+    @property
+    def text(self) -> str:
+        return "".join(self.log)
+
+    def wait_healthy(self, name: str = "") -> None:
+        deadline = time.monotonic() + START_SECONDS
+        with grpc.insecure_channel(self.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < deadline:
+                with contextlib.suppress(grpc.RpcError):
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    if stub.Check(request, timeout=2).status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                assert self.process.poll() is None, f"{self.name} ended:\n{self.text}"
+                time.sleep(0.02)
+        raise AssertionError(f"{self.name} is not healthy after {START_SECONDS} s:\n{self.text}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log.append(line)
+            if self._address is None and line.startswith(f"{self.name} listening on "):
+                self._address = line.split()[-1]
+                self._listening.set()
+        self._listening.set()
+
+
+class Stack:
+    """One loader, one tokenizer and one or more executors over one model."""
+
+    def __init__(self, model: Path, num_executors: int = 1, executor_options: Sequence[str] = ()) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.socket = str(Path(self.directory.name) / "loader.sock")
+        self.model = model
+        self.executor_options = list(executor_options)
+        self.loader = Service("loader", "--socket", self.socket, "--model", str(model))
+        self.tokenizer = Service("tokenizer", "--loader", self.loader.address)
+        self.executors = [self.start_executor() for _ in range(num_executors)]
+        for service in (self.loader, *self.executors):
+            service.wait_healthy()
+
+    def start_executor(self, *options: str) -> Service:
+        return Service(
+            "executor",
+            *("--loader", self.loader.address, "--tokenizer", self.tokenizer.address),
+            *self.executor_options,
+            *options,
+        )
+
+    @property
+    def executor(self) -> Service:
+        return self.executors[0]
+
+    @property
+    def address(self) -> str:
+        """Where Generate is served: every executor, with commas between."""
+        return ",".join(executor.address for executor in self.executors)
+
+    def stop(self) -> None:
+        for service in (*self.executors, self.tokenizer, self.loader):
+            service.stop()
+        self.directory.cleanup()
+
+
+@contextlib.contextmanager
+def running(model: Path, num_executors: int = 1, executor_options: Sequence[str] = ()) -> Iterator[Stack]:
+    """A stack that is stopped at the end, whatever happens."""
+    stack = Stack(model, num_executors, executor_options)
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def num_descriptors(process_id: int) -> int:
+    """Open descriptors of a process."""
+    return len(os.listdir(f"/proc/{process_id}/fd"))

@@ -1,0 +1,308 @@
+"""Both clients against a real gRPC server that fails on demand."""
+
+import asyncio
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+
+from mxgpt import AsyncClient, Client, FinishReason, MxgptError, RetryPolicy
+from mxgpt.options import build_request
+from shared.errors import Reason, ServiceError, invalid_field
+from tests.scripted_executor import ScriptedExecutor, break_at, fail_at, messages, serve, whole_ids, whole_text
+
+NUM_TOKENS = 9
+QUICK = RetryPolicy(initial_backoff=0.01, max_backoff=0.05)
+DRAINING = ServiceError(Reason.DRAINING, "stopping")
+
+
+@pytest.fixture
+def executor():
+    scripted = ScriptedExecutor()
+    server, scripted.address = serve(scripted)
+    yield scripted
+    server.stop(None)
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def complete(request):
+    """`complete(target, prompt, **options)` through either client; `client` has the client's own arguments."""
+
+    def blocking(target, prompt, client=None, **options):
+        with Client(target, retry=QUICK, **(client or {})) as opened:
+            return opened.complete(prompt, max_tokens=NUM_TOKENS, **options)
+
+    def in_asyncio(target, prompt, client=None, **options):
+        async def run():
+            async with AsyncClient(target, retry=QUICK, **(client or {})) as opened:
+                return await opened.complete(prompt, max_tokens=NUM_TOKENS, **options)
+
+        return asyncio.run(run())
+
+    return blocking if request.param == "blocking" else in_asyncio
+
+
+def test_pieces_and_result(executor):
+    with Client(executor.address) as client:
+        generation = client.generate("hello", n=2, logprobs=1, prompt_logprobs=0, max_tokens=NUM_TOKENS)
+        pieces = list(generation)
+        result = generation.result
+    for index in range(2):
+        own = [piece for piece in pieces if piece.index == index]
+        assert "".join(piece.text for piece in own) == whole_text(index, NUM_TOKENS) == result.outputs[index].text
+    assert all(len(piece.logprobs) == len(piece.token_ids) for piece in pieces)
+    assert pieces[0].logprobs[0].top[1][1] == -1.5
+    assert (result.model, result.executor_id, result.seed, result.num_resumes) == ("fake", "one", 77, 0)
+    assert result.finish_reason is FinishReason.LENGTH
+    assert result.usage.num_output_tokens == NUM_TOKENS
+    assert result.timings.decode_seconds == 0.5
+    assert executor.num_cancelled == 0, "a stream read to its end is not cancelled"
+
+
+def test_broken_at_every_message_goes_on_elsewhere(executor, complete):
+    other = ScriptedExecutor(executor_id="two")
+    server, address = serve(other)
+    request_messages = messages(build_request("hello", {"max_tokens": NUM_TOKENS, "n": 2}))
+    for number in [*range(len(request_messages)), -1]:
+        executor.faults[:], other.faults[:] = [break_at(number)], []
+        result = complete(f"{executor.address},{address}", "hello", n=2, logprobs=0)
+        for index in range(2):
+            assert result.outputs[index].text == whole_text(index, NUM_TOKENS)
+            assert result.outputs[index].token_ids == whole_ids(index, NUM_TOKENS)
+            assert len(result.outputs[index].logprobs) == NUM_TOKENS
+    server.stop(None)
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN"])
+def test_statuses_of_broken_connections_are_resumed(executor, complete, code):
+    executor.faults[:] = [break_at(3, grpc.StatusCode[code])]
+    result = complete(executor.address, "hello", seed=3)
+    assert (result.text, result.num_resumes) == (whole_text(0, NUM_TOKENS), 1)
+    assert executor.requests[1].resume.seed == 3
+    assert len(executor.requests[1].resume.outputs[0].token_ids) > 0
+
+
+def test_many_breaks_in_a_row(executor, complete):
+    executor.faults[:] = [break_at(number) for number in (0, 0, 3, 2, 0, 2, 1)]
+    assert complete(executor.address, "hello").text == whole_text(0, NUM_TOKENS)
+
+
+def test_a_stream_that_ends_early_in_good_order_is_resumed(executor, complete, monkeypatch):
+    cut = itertools.chain([3], itertools.repeat(None))
+    monkeypatch.setattr("tests.scripted_executor.messages", lambda *a: messages(*a)[: next(cut)])
+    result = complete(executor.address, "hello")
+    assert (result.text, result.num_resumes) == (whole_text(0, NUM_TOKENS), 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DRAINING, ServiceError(Reason.QUEUE_FULL, "full", retry_after=0.05), ServiceError(Reason.STARTING, "soon")],
+)
+def test_refusals_before_the_first_token_are_tried_again(executor, complete, error):
+    executor.faults[:] = [fail_at(0, error)]
+    result = complete(executor.address, "hello")
+    assert (result.text, result.num_resumes) == (whole_text(0, NUM_TOKENS), 0)
+    assert executor.requests[0] == executor.requests[1]
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_the_callers_errors_are_not_tried_again(executor, complete, number):
+    executor.faults[:] = [fail_at(number, invalid_field("sampling.top_p", "must lie in (0, 1]"))]
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello")
+    assert caught.value.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert (caught.value.reason, caught.value.field) == ("FIELD_INVALID", "sampling.top_p")
+    assert len(executor.requests) == 1
+
+
+def test_retry_info_reaches_the_caller(executor, complete):
+    executor.faults[:] = [fail_at(0, ServiceError(Reason.QUEUE_FULL, "full", retry_after=30.0))]
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello", timeout=2.0)
+    assert caught.value.retry_after == 30.0
+
+
+def test_attempts_are_bounded(executor, complete):
+    executor.faults[:] = [fail_at(0, DRAINING) for _ in range(50)]
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello")
+    assert caught.value.reason == "DRAINING"
+    assert len(executor.requests) == QUICK.max_attempts
+
+
+def test_text_alone_is_not_resumed(executor, complete):
+    executor.faults[:] = [break_at(3)]
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello", content="text")
+    assert caught.value.is_unavailable
+    assert len(executor.requests) == 1
+
+
+def test_nobody_there(complete):
+    start = time.monotonic()
+    with pytest.raises(MxgptError) as caught:
+        complete("127.0.0.1:1", "hello")
+    assert (caught.value.status, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "EXECUTOR_UNAVAILABLE")
+    assert time.monotonic() - start < 5
+
+
+def test_one_deadline_over_all_attempts(executor, complete):
+    executor.delay = 0.2
+    executor.faults[:] = [break_at(2), break_at(2), break_at(2)]
+    start = time.monotonic()
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello", timeout=0.7)
+    assert caught.value.reason in ("DEADLINE", "EXECUTOR_UNAVAILABLE")
+    assert 0.4 < time.monotonic() - start < 2
+
+
+def test_the_clients_own_timeout_counts_where_the_call_has_none(executor, complete):
+    executor.delay = 0.2
+    with pytest.raises(MxgptError) as caught:
+        complete(executor.address, "hello", client={"timeout": 0.5})
+    assert caught.value.reason == "DEADLINE"
+
+
+def test_calls_are_balanced(executor):
+    other = ScriptedExecutor(executor_id="two")
+    server, address = serve(other)
+    with Client(f"{executor.address},localhost:{address.rpartition(':')[2]}", retry=QUICK) as client:
+        deadline = time.monotonic() + 10
+        while not (executor.requests and other.requests) and time.monotonic() < deadline:
+            client.complete("hello")
+        executor.requests.clear()
+        other.requests.clear()
+        for _ in range(10):
+            client.complete("hello")
+    assert (len(executor.requests), len(other.requests)) == (5, 5)
+    server.stop(None)
+
+
+def test_a_stopped_executors_streams_go_on_elsewhere():
+    """The server itself goes, in mid-stream: what the client sees is grpc's own doing."""
+    first, second = ScriptedExecutor("one", delay=0.05), ScriptedExecutor("two", delay=0.05)
+    (server, address), (other, other_address) = serve(first), serve(second)
+    with Client(f"{address},{other_address}", retry=QUICK) as client:
+        generation = client.generate("hello", max_tokens=NUM_TOKENS)
+        pieces = [next(generation)]
+        (server if first.requests else other).stop(None)
+        pieces += generation
+        assert "".join(piece.text for piece in pieces) == whole_text(0, NUM_TOKENS)
+        assert generation.result.num_resumes == 1
+    server.stop(None)
+    other.stop(None)
+
+
+@pytest.mark.parametrize("how", ["close", "with", "drop", "thread", "client"])
+def test_closing_cancels_on_the_server(executor, how):
+    executor.delay = 0.1
+    with Client(executor.address) as client:
+        generation = client.generate("hello", max_tokens=50)
+        next(generation)
+        if how == "close":
+            generation.close()
+        elif how == "with":
+            with generation:
+                pass
+        elif how == "drop":
+            del generation
+        elif how == "client":
+            client.close()
+        else:
+            threading.Timer(0.2, generation.close).start()
+            with pytest.raises(MxgptError) as caught:
+                list(generation)
+            assert caught.value.status is grpc.StatusCode.CANCELLED
+        assert executor.cancelled.wait(5)
+    assert len(executor.requests) == 1, "and is not tried again"
+
+
+@pytest.mark.parametrize("how", ["close", "task", "break"])
+def test_closing_cancels_on_the_server_async(executor, how):
+    executor.delay = 0.1
+
+    async def run():
+        async with AsyncClient(executor.address) as client:
+            async with client.generate("hello", max_tokens=50) as generation:
+                await anext(generation)
+                if how == "close":
+                    asyncio.get_running_loop().call_later(0.1, generation.close)
+                    with pytest.raises(MxgptError) as caught:
+                        await _read(generation)
+                    assert caught.value.reason == "CANCELLED"
+                elif how == "task":
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(_read(generation), 0.15)
+            assert await asyncio.to_thread(executor.cancelled.wait, 5)
+
+    asyncio.run(run())
+    assert len(executor.requests) == 1
+
+
+async def _read(generation):
+    async for _ in generation:
+        pass
+
+
+def test_close_before_the_first_piece_sends_nothing(executor):
+    with Client(executor.address) as client:
+        client.generate("hello").close()
+    assert executor.requests == []
+
+
+def test_keyboard_interrupt_cancels_on_the_server(executor):
+    executor.delay = 0.1
+    script = f"""
+from mxgpt import Client
+for piece in Client("{executor.address}").generate("hello", max_tokens=100):
+    print("piece", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) != 0
+    process.stdout.close()
+    assert executor.cancelled.wait(5)
+
+
+def test_token_is_sent(executor, complete):
+    complete(executor.address, "hello", client={"token": "secret"})
+    assert executor.tokens_seen == ["Bearer secret"]
+
+
+def test_unary_calls(executor):
+    with Client(executor.address) as client:
+        assert client.list_models()[0].name == "fake"
+        assert client.status().executor_id == "one"
+        assert client.cancel("some-id") == "one"
+
+    async def run():
+        async with AsyncClient(executor.address) as client:
+            return await client.list_models(), await client.status(), await client.cancel("some-id")
+
+    models, status, executor_id = asyncio.run(run())
+    assert (models[0].name, status.executor_id, executor_id) == ("fake", "one", "one")
+
+
+def test_a_name_in_a_list_that_does_not_resolve():
+    with pytest.raises(ValueError, match="nowhere"):
+        Client("127.0.0.1:1,nowhere.invalid:2")
+
+
+def test_many_threads_share_a_client(executor):
+    results = []
+    with Client(executor.address) as client:
+        threads = [
+            threading.Thread(target=lambda: results.append(client.complete("hello", max_tokens=NUM_TOKENS).text))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [whole_text(0, NUM_TOKENS)] * 8

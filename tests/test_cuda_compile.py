@@ -1,0 +1,73 @@
+"""Every kernel compiles for every architecture that mxgpt names, without a GPU; the hot ones keep to registers."""
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from services.executor.cuda.compile import ARCHITECTURES, SOURCES, Compiler, Module, find_nvcc, nvcc_arguments
+from services.executor.cuda.kernels import modules_of
+from shared.cuda_layout import Family
+from shared.errors import ServiceError
+from tests.tiny_models import TINY_GPT2, WIDE_GPT_OSS
+
+NVCC = find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install a CUDA toolkit to compile the kernels")
+HOT = ("product", "product_tiled", "attention", "embed", "norm", "route", "rope")
+
+
+def all_modules():
+    return [*(modules_of(WIDE_GPT_OSS, Family) | modules_of(TINY_GPT2, [])), Module("read")]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_all_kernels_compile_without_spills(tmp_path, target):
+    def compile(module):
+        command = [NVCC, *nvcc_arguments(module, target), "-Xptxas", "-v", "-Werror", "all-warnings"]
+        output = tmp_path / f"{module.source}{''.join(module.defines)}"
+        result = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", result.stderr)]
+        assert spilled, "ptxas reported nothing"
+        return module.source in HOT and max(spilled) > 0
+
+    modules = all_modules()
+    assert {module.source for module in modules} == {path.stem for path in SOURCES.glob("*.cu")}
+    with ThreadPoolExecutor(2) as pool:
+        spills = dict(zip(modules, pool.map(compile, modules), strict=True))
+    assert not [module for module in modules if spills[module]]
+
+
+@needs_nvcc
+def test_cubins_are_cached_by_what_they_are_made_of(tmp_path):
+    module = Module("rows")
+    cubin = Compiler("sm_80", tmp_path).compile(module)
+    assert cubin[:4] == b"\x7fELF"
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"from the cache")
+    assert Compiler("sm_80", tmp_path).compile(module) == b"from the cache"
+    assert Compiler("sm_86", tmp_path).compile(module) != b"from the cache"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@needs_nvcc
+def test_a_source_that_does_not_compile_is_an_error(tmp_path):
+    with pytest.raises(ServiceError, match=r"nvcc refused embed\.cu"):
+        Compiler("sm_80", tmp_path).compile(Module("embed"))  # without its FAMILY
+
+
+def test_entry_points_take_the_arguments_that_are_declared():
+    """The types of each entry point, against its parameters in the source."""
+    for module, entries in modules_of(WIDE_GPT_OSS, [Family.MXFP4]).items():
+        source = Path(SOURCES / f"{module.source}.cu").read_text()
+        source = re.sub(r"//[^\n]*|\\\n", "", source).replace("##NUM_TILES", "1").replace("##M_TILES", "1")
+        for _, entry, types in entries:
+            stem = re.sub(r"_\d$", "_1", entry)
+            (parameters,) = re.findall(rf"\b{stem}\(([^)]*)\)\s*\{{", source)
+            kinds = ["P" if "*" in one else "f" if "float" in one else "i" for one in parameters.split(",")]
+            assert "".join(kinds) == types, entry

@@ -1,0 +1,71 @@
+"""What an executor's memory gives its engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from services.executor.config import ExecutorConfig
+from shared.config import ClientConfig, ServerConfig
+from shared.errors import Reason, ServiceError
+from shared.gguf import read_gguf
+from shared.gpt_config import GPTConfig
+from shared.memory import kv_groups, num_kv_blocks
+from tests.stack import ROOT
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTConfig:
+    return GPTConfig.from_gguf(read_gguf(ROOT / "models" / "demo-gpt-oss.gguf"))
+
+
+def config(**options: Any) -> ExecutorConfig:
+    return ExecutorConfig(ServerConfig("127.0.0.1:0"), ClientConfig(), "loader:1", "tokenizer:1", **options)
+
+
+def test_kv_blocks_stay_within_their_memory(model: GPTConfig) -> None:
+    sizes = {group.name: group.block_bytes for group in kv_groups(model, 32)}
+    for mebibytes in (2, 17, 64, 1024):
+        engine = config(kv_memory_bytes=mebibytes << 20).engine_config(model)
+        taken = sum(engine.num_blocks[name] * size for name, size in sizes.items())
+        assert taken <= mebibytes << 20
+        assert engine.max_context <= engine.num_blocks["full"] * engine.block_size
+
+
+def test_no_more_blocks_than_the_batch_can_use(model: GPTConfig) -> None:
+    """As many as the estimate of memory says: `mxgpt inspect` tells what is then allocated."""
+    engine = config(kv_memory_bytes=1 << 40, max_running=2, max_batch_tokens=64).engine_config(model)
+    assert engine.num_blocks == num_kv_blocks(model, model.context_length, 2, 32, 64)
+    assert engine.num_blocks["full"] == 2 * (model.context_length // 32)
+    assert engine.max_context == model.context_length
+
+
+def test_little_memory_shortens_the_context_and_none_is_an_error(model: GPTConfig) -> None:
+    assert config(kv_memory_bytes=2 << 20).engine_config(model).max_context < model.context_length
+    with pytest.raises(ServiceError, match="hold no block") as caught:
+        config(kv_memory_bytes=1000).engine_config(model)
+    assert caught.value.reason is Reason.MEMORY_EXHAUSTED
+
+
+def test_a_shorter_context_can_be_asked_for_and_a_longer_one_not(model: GPTConfig) -> None:
+    assert config(max_context=100).engine_config(model).max_context == 100
+    assert config(max_context=10**9).engine_config(model).max_context == model.context_length
+
+
+@pytest.mark.parametrize("bad", [{"device": "cuda:0"}, {"num_threads": 0}, {"kv_memory_bytes": 0}])
+def test_what_can_not_run_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        config(**bad)
+
+
+def test_a_model_without_windows_has_one_group() -> None:
+    gpt2 = GPTConfig.from_gguf(read_gguf(ROOT / "models" / "demo-gpt2.gguf"))
+    assert set(config().engine_config(gpt2).num_blocks) == {"full"}
+
+
+def test_a_model_of_one_layer_has_windows_only(model: GPTConfig) -> None:
+    engine = config().engine_config(replace(model, num_layers=1))
+    assert list(engine.num_blocks) == ["window"]
+    assert engine.max_context == model.context_length

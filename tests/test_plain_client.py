@@ -1,0 +1,78 @@
+"""A client that has nothing of mxgpt: a grpcio channel, reflection, and messages built from what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.stack import Stack
+
+SERVICE = "mxgpt.v1.ExecutorService"
+
+
+@pytest.fixture
+def channel(stack: Stack) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(stack.executor.address) as channel:
+        yield channel
+
+
+def pool_from_reflection(channel: grpc.Channel, symbol: str) -> descriptor_pool.DescriptorPool:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
+    (response,) = stub.ServerReflectionInfo(iter([request]))
+    pool = descriptor_pool.DescriptorPool()
+    for serialized in response.file_descriptor_response.file_descriptor_proto:
+        pool.Add(descriptor_pb2.FileDescriptorProto.FromString(serialized))
+    return pool
+
+
+def method(channel: grpc.Channel, pool: descriptor_pool.DescriptorPool, name: str) -> tuple[Any, Any]:
+    """The callable of a method and the class of its request."""
+    found = pool.FindServiceByName(SERVICE).methods_by_name[name]
+    request_class = message_factory.GetMessageClass(found.input_type)
+    response_class = message_factory.GetMessageClass(found.output_type)
+    make = channel.unary_stream if found.server_streaming else channel.unary_unary
+    call = make(
+        f"/{SERVICE}/{name}",
+        request_serializer=request_class.SerializeToString,
+        response_deserializer=response_class.FromString,
+    )
+    return call, request_class
+
+
+def test_reflection_alone_is_enough_to_generate(channel: grpc.Channel) -> None:
+    pool = pool_from_reflection(channel, SERVICE)
+    generate, request_class = method(channel, pool, "Generate")
+    request = request_class(request_id="plain")
+    request.chat.messages.add(role="user", content="What is 12 + 30?")
+    request.sampling.temperature = 0.0
+    request.stopping.max_tokens = 200
+    responses = list(generate(request, timeout=60))
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds[0] == "started"
+    assert kinds[-1] == "finished"
+    assert set(kinds[1:-1]) == {"delta"}
+    started, finished = responses[0].started, responses[-1].finished
+    assert started.request_id == "plain"
+    assert finished.usage.num_prompt_tokens == len(started.prompt_token_ids)
+    token_ids = [token_id for response in responses for token_id in response.delta.token_ids]
+    assert finished.usage.num_output_tokens == len(token_ids)
+    answer = "".join(response.delta.text for response in responses if response.delta.channel == "final")
+    assert "42" in answer
+
+
+def test_status_and_models_by_reflection(channel: grpc.Channel) -> None:
+    pool = pool_from_reflection(channel, SERVICE)
+    get_status, request_class = method(channel, pool, "GetStatus")
+    status = get_status(request_class(), timeout=10)
+    assert status.device == "cpu"
+    assert {group.group for group in status.blocks} == {"full", "window"}
+    list_models, request_class = method(channel, pool, "ListModels")
+    (model,) = list_models(request_class(), timeout=10).models
+    assert model.architecture == "gpt-oss"
+    assert len(model.digest) == 64
