@@ -33,6 +33,7 @@ from mxgpt.bundled import find_model
 from mxgpt.cli.terminal import note, print_table
 from mxgpt.serve import ServeConfig, Supervisor
 from mxgpt.tasks import run_all
+from services.executor.blas import blas_environment
 
 MODELS = ("demo-gpt-oss.gguf", "demo-gpt2.gguf")
 STREAMS = {1: 256, 16: 128}  # number of streams: tokens that each writes
@@ -68,13 +69,12 @@ class Worker:
         self._process: Any = None
 
     async def start(self, num_threads: int) -> None:
-        threads = {name: str(num_threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **threads},
+            env={**os.environ, **blas_environment(num_threads, os.environ)},
         )
         await self._answer()
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from services.executor.blas import blas_environment
+
 # Before numpy comes in: the tests already run on every core, and threads of BLAS that wait for one another are slow.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.update(blas_environment(1, os.environ))
 
 from tests.stack import ROOT, Stack, running
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mxgpt.v1 import loader_pb2
-from services.loader import loading
+from services.loader import cpu_memory
 from services.loader import loads as loads_module
 from services.loader.loading import Progress, Stage
+from shared.digest import StoppedError
 from shared.errors import Reason
 from shared.layout import BLOCKS_LAYOUT, FLOAT32_LAYOUT, LAYOUTS
 from shared.tokenizer_data_proto import from_pieces
@@ -223,13 +224,13 @@ async def test_memory_that_is_not_there_is_not_taken(
 @asynchronous
 async def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gpt2(tmp_path / "model.gguf")
-    real_fill = loading.fill
+    real_fill = cpu_memory.fill
 
     def fill_then_touch(*arguments: object) -> None:
         real_fill(*arguments)
         os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(loading, "fill", fill_then_touch)
+    monkeypatch.setattr(cpu_memory, "fill", fill_then_touch)
     async with running_loader(tmp_path) as running:
         error = await refusal(running.stub.LoadModel(loader_pb2.LoadModelRequest(path=str(path))))
         assert error.reason is Reason.MODEL_CHANGED
@@ -271,14 +272,14 @@ async def test_loads_of_one_model_join_and_the_last_to_leave_stops_it(
 
 
 def _stopped() -> None:
-    raise loading.StoppedError
+    raise StoppedError
 
 
 @asynchronous
 async def test_a_load_cancelled_half_way_leaves_nothing(
     tmp_path: Path, gpt_oss: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_fill = loading.fill
+    real_fill = cpu_memory.fill
     num_filled = 0
     goes_on = threading.Event()
 
@@ -296,7 +297,7 @@ async def test_a_load_cancelled_half_way_leaves_nothing(
 
     async with running_loader(tmp_path) as running:
         loads = running.loader._loads
-        monkeypatch.setattr(loading, "fill", slow_fill)
+        monkeypatch.setattr(cpu_memory, "fill", slow_fill)
         await running.num_leases()  # connects
         descriptors = len(os.listdir("/proc/self/fd"))
         call = running.stub.LoadModel(loader_pb2.LoadModelRequest(path=str(gpt_oss)))

@@ -14,6 +14,7 @@ from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig, is_matrix
 from shared.layout import plan
 from shared.memory import estimate_memory, kv_groups, num_kv_blocks
+from tests.marks import needs_invariant_blas
 from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS, WIDE_GPT2, WIDE_GPT_OSS, write_model
 
 BLOCK_SIZE = 32
@@ -54,6 +55,7 @@ def test_kv_of_a_token():
     assert num_kv_blocks(TINY_GPT2, 160, 1, BLOCK_SIZE, 256) == {"full": 5}
 
 
+@needs_invariant_blas
 @pytest.mark.parametrize(
     ("num_tokens", "context", "num_sequences"),
     [(512, 600, 1), (256, 1024, 1), (256, 256, 1), (64, 1000, 1), (16, 1024, 1), (16, 1024, 16), (64, 700, 64)],
@@ -62,6 +64,7 @@ def test_activations(file, num_tokens, context, num_sequences):
     check_activations(file, num_tokens, context, num_sequences, 4 << 30)
 
 
+@needs_invariant_blas
 @pytest.mark.parametrize("type_", [GGMLType.MXFP4, GGMLType.Q8_0])
 @pytest.mark.parametrize("config", [GPT2, GPT_OSS])
 def test_activations_of_blocks(tmp_path, config, type_):

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from services.executor.blas import blas_environment
 from services.executor.ops import numpy_ops
 from services.executor.ops.numpy_ops import is_row_invariant, multiply
 from services.executor.weights import DecodedMatrix
+from tests.marks import needs_invariant_blas
 from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS, SteppedSequence, load_runner, write_model
 
 NUM_TOKENS = 150  # past the window, past YaRN's original context, several blocks
@@ -81,6 +83,7 @@ def test_one_row_at_a_time_when_the_probe_fails(tmp_path, monkeypatch, caplog):
     assert_same_bits(runner.run(tokens, 1), runner.run(tokens, 60))
 
 
+@needs_invariant_blas
 def test_the_probe_sees_a_blas_that_is_not(monkeypatch):
     """A product whose rows depend on their number is found out."""
 
@@ -93,6 +96,7 @@ def test_the_probe_sees_a_blas_that_is_not(monkeypatch):
     assert not is_row_invariant({(72, 48)})
 
 
+@needs_invariant_blas
 def test_two_threads_of_blas():
     code = "from services.executor.ops.numpy_ops import *; print(is_row_invariant({(72, 48), (256, 1024), (64, 32)}))"
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
@@ -120,6 +124,7 @@ def test_sums_along_rows(num_columns):
         np.testing.assert_array_equal(np.vecdot(x[start:stop], x[start:stop]), squares[start:stop])
 
 
+@needs_invariant_blas
 @pytest.mark.parametrize("inputs", [20, 256, 300, 777])
 @pytest.mark.parametrize("outputs", [16, 144, 1040, 2064])
 def test_products(inputs, outputs):
@@ -146,3 +151,14 @@ def assert_same_bits(found, expected):
     assert np.isfinite(found).all()
     different = np.flatnonzero((found.view(np.int32) != expected.view(np.int32)).any(axis=-1))
     assert different.size == 0, f"rows {different} differ"
+
+
+def test_kernels_are_chosen_by_what_the_processor_can(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags : fpu avx2 avx512f avx512cd avx512bw avx512dq avx512vl\n")
+    assert blas_environment(2, {}, cpuinfo)["OPENBLAS_CORETYPE"] == "SkylakeX"
+    assert blas_environment(2, {}, cpuinfo)["OPENBLAS_NUM_THREADS"] == "2"
+    assert "OPENBLAS_CORETYPE" not in blas_environment(2, {"OPENBLAS_CORETYPE": "Haswell"}, cpuinfo)
+    cpuinfo.write_text("processor : 0\nflags : fpu avx2\n")
+    assert "OPENBLAS_CORETYPE" not in blas_environment(2, {}, cpuinfo)
+    assert "OPENBLAS_CORETYPE" not in blas_environment(2, {}, tmp_path / "none")

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
+from services.executor.blas import blas_environment
 from services.executor.engine import EngineStatus
 from services.executor.engine_config import EngineConfig
 from services.executor.messages import (
@@ -60,8 +61,6 @@ class EngineClient:
             ServiceError: when the engine can't start, with what it said.
         """
         ours, theirs = socket.socketpair()
-        threads = str(num_threads)
-        environment = dict(os.environ, OPENBLAS_NUM_THREADS=threads, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -70,7 +69,7 @@ class EngineClient:
                 str(theirs.fileno()),
                 log_level,
                 pass_fds=(theirs.fileno(), *descriptors),
-                env=environment,
+                env={**os.environ, **blas_environment(num_threads, os.environ)},
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._send(Setup(manifest, tuple(descriptors), engine))
