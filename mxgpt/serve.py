@@ -161,7 +161,8 @@ class Supervisor:
     async def _start_loader(self) -> Child:
         config = self.config
         socket = Path(self._directory.name) / "loader.sock"
-        options = ["--socket", str(socket), "--model", os.path.abspath(config.model), *config.loader_options]
+        options = ["--socket", str(socket), "--model", os.path.abspath(config.model), "--device", config.device]
+        options += config.loader_options
         return await self._start_child("loader", "loader", f"127.0.0.1:{config.loader_port}", options)
 
     async def _start_others(self, loader_address: str) -> None:

@@ -19,7 +19,8 @@ from shared.manifest import Allocation, Manifest, Plane, Tensor
 
 MAX_NUM_TENSORS = 1 << 16
 MAX_ALLOCATION_BYTES = 1 << 48
-MAX_NUM_AXES = 4
+MAX_NUM_AXES = 4  # of a tensor
+MAX_PLANE_AXES = 12  # layouts cut tensors into tiles, and tiles into the shares of lanes
 DTYPES = frozenset(("float32", "float16", "uint8", "int8", "uint16", "int16", "uint32", "int32"))
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -200,7 +201,7 @@ def _plane(message: loader_pb2.Plane, allocations: Sequence[Allocation], path: s
         raise invalid_field(f"{path}.dtype", f"{message.dtype!r:.40} is not served")
     if message.allocation >= len(allocations):
         raise invalid_field(f"{path}.allocation", f"is {message.allocation}; there are {len(allocations)}")
-    if not 1 <= len(shape) <= MAX_NUM_AXES or len(strides) != len(shape) or 0 in shape:
+    if not 1 <= len(shape) <= MAX_PLANE_AXES or len(strides) != len(shape) or 0 in shape:
         raise invalid_field(f"{path}.shape", f"{shape} with strides {strides} is no array")
     item_size = np.dtype(message.dtype).itemsize
     if message.offset % item_size or any(stride % item_size for stride in strides):

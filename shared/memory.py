@@ -9,6 +9,7 @@ from shared.gpt_config import GPTConfig
 from shared.layout import COLUMN_MULTIPLE, Plan, round_up
 from shared.quants import STEP_VALUES
 
+HEAD_MULTIPLE = 32  # dimensions of a head that attention reads at once on a GPU
 FULL = "full"
 WINDOW = "window"
 
@@ -41,13 +42,16 @@ class KVGroupSize:
     block_bytes: int
 
 
-def kv_groups(config: GPTConfig, block_size: int) -> list[KVGroupSize]:
+def kv_groups(config: GPTConfig, block_size: int, *, on_gpu: bool = False) -> list[KVGroupSize]:
     """The KV groups of a model, the full one first; a group without layers is left out.
 
     On the CPU a position takes head_size floats of each key head, and of each value head as many rounded up to 16.
+    On a GPU it takes as many halves, both rounded up to 32.
     """
     value_size = round_up(config.head_size, COLUMN_MULTIPLE)
     layer_bytes = 4 * config.num_kv_heads * block_size * (config.head_size + value_size)
+    if on_gpu:
+        layer_bytes = 2 * config.num_kv_heads * block_size * 2 * round_up(config.head_size, HEAD_MULTIPLE)
     windowed = config.num_windowed_layers
     groups = [
         KVGroupSize(FULL, config.num_layers - windowed, 0, layer_bytes * (config.num_layers - windowed)),

@@ -86,16 +86,23 @@ class Service:
 class Stack:
     """One loader, one tokenizer and one or more executors over one model."""
 
-    def __init__(self, model: Path, num_executors: int = 1, executor_options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: Path, num_executors: int = 1, executor_options: Sequence[str] = (), device: str = "cpu"
+    ) -> None:
         self.directory = tempfile.TemporaryDirectory()
         self.socket = str(Path(self.directory.name) / "loader.sock")
         self.model = model
-        self.executor_options = list(executor_options)
-        self.loader = Service("loader", "--socket", self.socket, "--model", str(model))
+        self.device = device
+        self.executor_options = ["--device", device, *executor_options]
+        self.loader = self.start_loader()
         self.tokenizer = Service("tokenizer", "--loader", self.loader.address)
         self.executors = [self.start_executor() for _ in range(num_executors)]
         for service in (self.loader, *self.executors):
             service.wait_healthy()
+
+    def start_loader(self, *options: str) -> Service:
+        options = ("--socket", self.socket, "--model", str(self.model), "--device", self.device, *options)
+        return Service("loader", *options)
 
     def start_executor(self, *options: str) -> Service:
         return Service(
@@ -121,9 +128,11 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(model: Path, num_executors: int = 1, executor_options: Sequence[str] = ()) -> Iterator[Stack]:
+def running(
+    model: Path, num_executors: int = 1, executor_options: Sequence[str] = (), device: str = "cpu"
+) -> Iterator[Stack]:
     """A stack that is stopped at the end, whatever happens."""
-    stack = Stack(model, num_executors, executor_options)
+    stack = Stack(model, num_executors, executor_options, device)
     try:
         yield stack
     finally:

@@ -109,21 +109,6 @@ def test_the_same_schedule_gives_the_same_bits(device, tmp_path):
         assert np.array_equal(runner.run(tokens, chunk), runner.run(tokens, chunk))
 
 
-def test_copied_blocks(device, tmp_path):
-    runner = load_cuda(device, write_model(tmp_path / "model.gguf", TINY_GPT_OSS), num_sequences=2)
-    tokens = np.random.default_rng(7).integers(0, TINY_GPT_OSS.vocab_size, 65).tolist()
-    first = SteppedSequence(tokens)
-    runner.step([(first, 64)])
-    second = SteppedSequence(tokens, num_computed=64)
-    for name, table in first.tables.items():
-        second.tables[name] = [runner.free[name].pop() if block >= 0 else -1 for block in table]
-        pairs = [(source, target) for source, target in zip(table, second.tables[name], strict=True) if source >= 0]
-        runner.runner.copy_blocks(name, pairs)
-    runner.step([(second, 1)])
-    runner.step([(first, 1)])
-    assert np.array_equal(first.logits[-1], second.logits[-1])
-
-
 def left(sequence):
     return len(sequence.token_ids) - sequence.num_computed
 

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from mxgpt.v1 import loader_pb2
+from shared import cuda_layout, layout
 from shared.errors import Reason, ServiceError
-from shared.gguf import read_gguf
-from shared.gpt_config import GPTConfig
-from shared.layout import plan, plane_array
+from shared.ggml_type import GGMLType
+from shared.gguf import GGUFFile, read_gguf
+from shared.gpt_config import GPTConfig, is_matrix
+from shared.layout import Plan, plane_array
 from shared.manifest import Allocation, Manifest
 from shared.manifest_proto import manifest_from_proto, manifest_to_proto
 from tests.loader_harness import write_gpt2, write_gpt_oss
+from tests.tiny_models import WIDE_GPT_OSS, write_model
 
 
-def manifest_of(path: Path) -> Manifest:
+def manifest_of(path: Path, plan: Callable[[GGUFFile, GPTConfig], Plan] = layout.plan) -> Manifest:
     file = read_gguf(path)
     config = GPTConfig.from_gguf(file)
     planned = plan(file, config)
@@ -36,6 +39,14 @@ def test_a_manifest_comes_back_as_it_was(manifest: Manifest, tmp_path: Path) -> 
     for each in (manifest, manifest_of(write_gpt2(tmp_path / "m.gguf"))):
         message = loader_pb2.Manifest.FromString(manifest_to_proto(each).SerializeToString())
         assert manifest_from_proto(message) == each
+
+
+@pytest.mark.parametrize("type_", list(cuda_layout.FAMILIES), ids=lambda type_: type_.name)
+def test_the_layout_of_gpus_comes_back_too(tmp_path: Path, type_: GGMLType) -> None:
+    path = write_model(tmp_path / "m.gguf", WIDE_GPT_OSS, lambda name: type_ if is_matrix(name) else GGMLType.F32)
+    each = manifest_of(path, cuda_layout.plan)
+    message = loader_pb2.Manifest.FromString(manifest_to_proto(each).SerializeToString())
+    assert manifest_from_proto(message) == each
 
 
 def first_plane(message: loader_pb2.Manifest) -> loader_pb2.Plane:

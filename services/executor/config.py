@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from services.executor.engine_config import EngineConfig
 from services.executor.step import FULL, WINDOW
 from shared.config import ClientConfig, ServerConfig
+from shared.cuda_memory import device_index
 from shared.errors import Reason, ServiceError
 from shared.gpt_config import GPTConfig
 from shared.memory import kv_groups, num_kv_blocks
@@ -20,7 +21,7 @@ class ExecutorConfig:
     """How one executor runs.
 
     Raises:
-        ValueError: for a device that this version can't run on, or a number out of its range.
+        ValueError: for a device of another name than cpu or cuda:N, or a number out of its range.
     """
 
     server: ServerConfig
@@ -41,8 +42,7 @@ class ExecutorConfig:
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise ValueError(f"device {self.device!r} is not built; this version runs on 'cpu'")
+        device_index(self.device)
         for name in ("num_threads", "kv_memory_bytes", "block_size", "max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -71,7 +71,7 @@ class ExecutorConfig:
         )
 
     def _num_blocks(self, model: GPTConfig, context: int) -> dict[str, int]:
-        groups = kv_groups(model, self.block_size)
+        groups = kv_groups(model, self.block_size, on_gpu=self.device != "cpu")
         useful = num_kv_blocks(model, context, self.max_running, self.block_size, self.max_batch_tokens)
         remaining = self.kv_memory_bytes
         num_blocks: dict[str, int] = {}

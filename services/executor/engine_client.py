@@ -53,7 +53,13 @@ class EngineClient:
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
 
     async def start(
-        self, manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig, num_threads: int, log_level: str
+        self,
+        manifest: Manifest,
+        descriptors: Sequence[int],
+        engine: EngineConfig,
+        device: str,
+        num_threads: int,
+        log_level: str,
     ) -> EngineStatus:
         """Start the process and wait until it runs.
 
@@ -72,7 +78,7 @@ class EngineClient:
                 env={**os.environ, **blas_environment(num_threads, os.environ)},
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Setup(manifest, tuple(descriptors), engine))
+        self._send(Setup(manifest, tuple(descriptors), engine, device))
         try:
             answer = await read_answer(reader)
         except asyncio.IncompleteReadError as error:

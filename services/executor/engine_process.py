@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 
+from services.executor.backend import make_runner
 from services.executor.engine import Engine
 from services.executor.messages import (
     AskStatus,
@@ -25,9 +26,6 @@ from services.executor.messages import (
     Submit,
 )
 from services.executor.request import RequestFailed
-from services.executor.runner import NumpyRunner
-from services.executor.weights import Weights
-from shared.descriptors import map_readonly
 from shared.errors import Reason, ServiceError
 from shared.logs import set_up_logs
 
@@ -48,15 +46,7 @@ def main(socket_descriptor: int) -> None:
 
 def _start(connection: EngineSocket, setup: Setup) -> Engine | None:
     try:
-        allocations = setup.manifest.allocations
-        buffers = [
-            map_readonly(descriptor, allocation.num_bytes)
-            for descriptor, allocation in zip(setup.descriptors, allocations, strict=True)
-        ]
-        weights = Weights(setup.manifest, buffers)
-        runner = NumpyRunner(
-            setup.manifest.config, weights, block_size=setup.engine.block_size, num_blocks=setup.engine.num_blocks
-        )
+        runner = make_runner(setup.manifest, setup.descriptors, setup.engine, setup.device)
         engine = Engine(runner, setup.engine)
     except ServiceError as error:
         connection.send(Broken(error))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2_grpc
+from services.executor.backend import layouts_of
 from services.executor.config import ExecutorConfig, default_num_threads
 from services.executor.engine_client import EngineClient, engine_gone
 from services.executor.loader_client import Attachment, LoaderClient
@@ -18,7 +19,6 @@ from services.executor.tokenizer_client import TokenizerClient
 from shared.channel import open_channel
 from shared.config import client_config, client_options, server_config, server_options
 from shared.errors import Reason, ServiceError, Status
-from shared.layout import LAYOUTS
 from shared.logs import set_up_logs
 from shared.server import OVERALL, Server
 
@@ -66,7 +66,12 @@ class Executor:
         manifest = attachment.manifest
         engine_config = self._config.engine_config(manifest.config)
         await self._engine.start(
-            manifest, attachment.descriptors, engine_config, self._config.num_threads, self._config.log_level
+            manifest,
+            attachment.descriptors,
+            engine_config,
+            self._config.device,
+            self._config.num_threads,
+            self._config.log_level,
         )
         tokenizer = TokenizerClient(self._tokenizer_channel, manifest.digest)
         pipe = TextPipe(tokenizer_pb2_grpc.TokenizerServiceStub(self._tokenizer_channel), manifest.digest)
@@ -80,10 +85,11 @@ class Executor:
 
     async def _attach(self) -> Attachment:
         """Attach as soon as the loader is there and has the model; any service may start first."""
+        layouts = layouts_of(self._config.device)
         delay, last_message = 0.05, ""
         while True:
             try:
-                return await self._loader.attach(self._config.model, LAYOUTS, self._config.name)
+                return await self._loader.attach(self._config.model, layouts, self._config.name)
             except ServiceError as error:
                 if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
                     raise
@@ -151,11 +157,11 @@ def _failure_of(task: asyncio.Task[None]) -> asyncio.Task[None]:
 @click.option("--tokenizer", default="127.0.0.1:50052", show_default=True, help="Address of the tokenizers.")
 @click.option("--model", default="", help="Name, alias or digest of the model; the loader's only one by default.")
 @click.option("--executor-id", default="", help="Id in Started and in leases; host and process by default.")
-@click.option("--device", default="cpu", show_default=True, help="Device to run on.")
+@click.option("--device", default="cpu", show_default=True, help="Device to run on: cpu, or cuda:N.")
 @click.option("--threads", "num_threads", type=int, default=default_num_threads, show_default="half the cores")
 @click.option("--max-context", type=int, default=None, help="Tokens of prompt and output; the model's own by default.")
-@click.option("--kv-memory-mib", type=int, default=1024, show_default=True, help="Memory for KV blocks, at most.")
-@click.option("--max-batch-tokens", type=int, default=256, show_default=True, help="Tokens of a step.")
+@click.option("--kv-memory-mib", type=int, show_default="1024; on a GPU 4096", help="Memory for KV blocks, at most.")
+@click.option("--max-batch-tokens", type=int, show_default="256; on a GPU 2048", help="Tokens of a step.")
 @click.option("--max-running", type=int, default=64, show_default=True, help="Sequences in a step.")
 @click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
 @click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
@@ -165,7 +171,9 @@ def main(**options: Any) -> None:
     set_up_logs("executor", options["log_level"])
     server = server_config(options)
     peers = client_config(options)
-    options["kv_memory_bytes"] = options.pop("kv_memory_mib") * 2**20
+    on_gpu = options["device"] != "cpu"
+    options["kv_memory_bytes"] = (options.pop("kv_memory_mib") or (4096 if on_gpu else 1024)) * 2**20
+    options["max_batch_tokens"] = options["max_batch_tokens"] or (2048 if on_gpu else 256)
     try:
         config = ExecutorConfig(server=server, peers=peers, **options)
     except ValueError as error:

@@ -30,6 +30,7 @@ class Setup:
     manifest: Manifest
     descriptors: tuple[int, ...]  # inherited, one an allocation
     engine: EngineConfig
+    device: str  # "cpu" or "cuda:N"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.config import ServerConfig
+from shared.cuda_memory import device_index
 from shared.layout import FLOAT32_BUDGET
 
 MAX_SOCKET_PATH_BYTES = 107  # what a Unix address holds
@@ -37,8 +38,7 @@ class LoaderConfig:
             raise ValueError(f"--model-root: {self.model_root} is no directory")
         if self.float32_budget < 0:
             raise ValueError(f"--float32-budget: {self.float32_budget} is negative")
-        if self.device != "cpu":
-            raise ValueError(f"--device: {self.device!r} is not 'cpu', the one that weights can live on")
+        device_index(self.device)
         if self.adoption_seconds < 0:
             raise ValueError(f"--adoption-seconds: {self.adoption_seconds} is negative")
         if self.num_threads < 1:

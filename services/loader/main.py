@@ -18,9 +18,11 @@ from services.loader.handover import Handover
 from services.loader.leases import Leases
 from services.loader.loading import LoadOptions, Source, default_name
 from services.loader.loads import Loads
+from services.loader.memory import Memory
 from services.loader.servicer import LoaderServicer
 from services.loader.store import ModelStore
 from shared.config import server_config, server_options
+from shared.cuda_memory import device_index
 from shared.errors import ServiceError
 from shared.logs import set_up_logs
 from shared.server import OVERALL, Server
@@ -38,9 +40,7 @@ class Loader:
         self.leases = Leases()
         self._config = config
         self._server = Server(config.server, [loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name])
-        options = LoadOptions(
-            config.model_root, config.num_threads, CpuMemory(config.num_threads, config.float32_budget)
-        )
+        options = LoadOptions(config.model_root, config.num_threads, _memory(config))
         self._loads = Loads(self.store, options)
         self._handover = Handover(config.socket, config.allowed_uids)
         self._servicer = LoaderServicer(self._server, self.store, self._loads, self.leases, self._handover)
@@ -122,6 +122,20 @@ class Loader:
             log.error("can't load %s: %s (%s)", source.path, error.message, error.reason.name)
             return False
         return True
+
+
+def _memory(config: LoaderConfig) -> Memory:
+    """The memory of the configured device; what a GPU needs is imported only where one is asked for.
+
+    Raises:
+        ServiceError: FIELD_INVALID if the GPU can't be used, saying what to install.
+    """
+    index = device_index(config.device)
+    if index is None:
+        return CpuMemory(config.num_threads, config.float32_budget)
+    from services.loader.cuda_memory import CudaMemory
+
+    return CudaMemory(index, config.num_threads)
 
 
 def _make_directory(path: Path) -> None:

@@ -91,9 +91,6 @@ class Device:
         """Copy to an array of the host, in the stream's order; complete after `synchronize`."""
         cuda.memcpy_dtoh_async(out, address, self.stream)
 
-    def copy(self, target: int, source: int, num_bytes: int) -> None:
-        cuda.memcpy_dtod_async(target, source, num_bytes, self.stream)
-
     def pinned(self, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         """An array in page-locked memory, which copies run at full speed from and to."""
         array: NDArray[Any] = cuda.pagelocked_empty(tuple(shape), dtype)

@@ -12,9 +12,9 @@ from services.executor.cuda.device import Device
 from services.executor.step import KVGroup, StepBatch
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
+from shared.memory import HEAD_MULTIPLE
 
 BLOCK_MULTIPLE = 32  # positions of a chunk of attention
-HEAD_MULTIPLE = 32  # dimensions of a head that attention reads at once
 
 
 @dataclass(frozen=True)

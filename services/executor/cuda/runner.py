@@ -17,7 +17,6 @@ from services.executor.cuda.device import Device, Graph
 from services.executor.cuda.kernels import modules_of
 from services.executor.cuda.kv import (
     BLOCK_MULTIPLE,
-    KVLayer,
     Shape,
     allocate_kv,
     block_bytes,
@@ -135,13 +134,6 @@ class CudaRunner:
         self._device.synchronize()
         return logits
 
-    def copy_blocks(self, group: str, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole KV blocks (source, target) in every layer of `group`."""
-        for layer in self._kv_layers:
-            if layer.group == group:
-                for source, target in pairs:
-                    self._copy_block(layer, source, target)
-
     def shape_of(self, batch: StepBatch) -> Shape:
         """The shape under which a batch runs: rounded up where steps are to share a graph."""
         num_rows, num_logits, num_sequences = len(batch.token_ids), len(batch.logits_rows), len(batch.sequences)
@@ -184,10 +176,6 @@ class CudaRunner:
     def _run_head(self, head: Product) -> None:
         if head.x.num_rows:
             self._ops.run(head, self._workspace.logits, self.vocab_size, Epilogue.STORE)
-
-    def _copy_block(self, layer: KVLayer, source: int, target: int) -> None:
-        for pool in (layer.keys, layer.values):
-            self._device.copy(pool + target * layer.block_bytes, pool + source * layer.block_bytes, layer.block_bytes)
 
     def _max_ints(self, max_rows: int, max_sequences: int) -> int:
         blocks = -(-self._config.context_length // self._block_size)

@@ -1,0 +1,103 @@
+"""The three services over a GPU: the answers of the CPU, and memory that outlives whoever made it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mxgpt import AsyncClient, Client
+from mxgpt.evaluate import answer_tasks, demo_tasks
+from tests.cuda_device import open_device
+from tests.stack import Stack, running
+from tests.test_failover import bring_back, kill_the_server_of
+
+PROMPT = [{"role": "user", "content": "Write a haiku about the sea."}]
+NUM_TOKENS = 400
+NUM_TASKS = 160
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> None:
+    open_device().close()
+
+
+@pytest.fixture(scope="module")
+def pair(demo_gpt_oss: Path) -> Iterator[Stack]:
+    """Two executors over one copy of the weights."""
+    with running(demo_gpt_oss, num_executors=2, device="cuda:0") as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("architecture", ["gpt-oss", "gpt2"])
+def test_as_many_tasks_are_answered_as_on_the_cpu(demo_gpt_oss: Path, demo_gpt2: Path, architecture: str) -> None:
+    model = demo_gpt_oss if architecture == "gpt-oss" else demo_gpt2
+    task_set = demo_tasks(3, NUM_TASKS, architecture)
+
+    async def answers(stack: Stack) -> list[bool]:
+        async with AsyncClient(stack.address) as client:
+            return [answer.is_correct for answer in await answer_tasks(client, task_set)]
+
+    right = {}
+    for device in ("cpu", "cuda:0"):
+        with running(model, device=device) as stack:
+            right[device] = sum(asyncio.run(answers(stack)))
+    print(f"\n{architecture}: {right} of {NUM_TASKS}")
+    assert right["cuda:0"] == right["cpu"] >= 0.95 * NUM_TASKS
+
+
+def test_a_seeded_stream_is_the_same_again(pair: Stack) -> None:
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 100, "ignore_eos": True}
+    with Client(pair.executors[0].address) as client:
+        first, second = (client.complete(PROMPT, **options) for _ in range(2))
+    assert len(first.outputs[0].token_ids) == 100
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_a_stream_survives_its_executor(pair: Stack) -> None:
+    with Client(pair.address) as client:
+        victim = None
+        with client.generate(PROMPT, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True) as generation:
+            for number, _ in enumerate(generation):
+                if number == 20:
+                    victim = kill_the_server_of(pair, generation.result.executor_id)
+            result = generation.result
+    assert victim is not None
+    assert result.num_resumes >= 1
+    assert len(result.outputs[0].token_ids) == NUM_TOKENS
+    bring_back(pair, victim)
+
+
+def test_a_restarted_loader_adopts_the_memory_of_executors(pair: Stack) -> None:
+    with Client(pair.address) as client:
+        with client.generate(PROMPT, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True) as generation:
+            for number, _ in enumerate(generation):
+                if number == 20:
+                    pair.loader.kill()
+            assert len(generation.result.outputs[0].token_ids) == NUM_TOKENS
+        pair.loader = pair.start_loader("--listen", pair.loader.address)
+        pair.loader.wait_healthy()
+        assert "adopted demo-gpt-oss" in pair.loader.text
+        assert client.complete(PROMPT, temperature=0.0, max_tokens=8).outputs[0].token_ids
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(tmp_path: Path, gpu: None) -> None:
+    """A GPU whose free memory is all taken but for a MiB refuses the model and keeps its own."""
+    from services.loader.cuda_memory import CudaMemory
+    from shared.errors import Reason, ServiceError
+    from shared.gguf import read_gguf
+    from shared.gpt_config import GPTConfig
+    from tests.tiny_models import TINY_GPT_OSS, write_model
+
+    memory = CudaMemory(0)
+    file = read_gguf(write_model(tmp_path / "model.gguf", TINY_GPT_OSS))
+    planned = memory.plan(file, GPTConfig.from_gguf(file))
+    memory.free_bytes = lambda: 1 << 20  # type: ignore[method-assign]
+    with pytest.raises(ServiceError) as caught:
+        memory.require_free(planned, file, "model 'm'")
+    assert caught.value.reason is Reason.VRAM_EXHAUSTED
+    assert caught.value.metadata["free_bytes"] == str(1 << 20)

@@ -1,0 +1,47 @@
+"""Asked for a GPU where there is none, every process says so in one sentence, and what to install."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.executor.backend import layouts_of, make_runner
+from shared.cuda_memory import CudaDevice, device_index
+from shared.errors import Reason, ServiceError
+from tests.stack import ROOT
+
+
+@pytest.fixture(autouse=True)
+def no_gpu() -> None:
+    try:
+        CudaDevice(0)
+    except ServiceError:
+        return
+    pytest.skip("this machine has a GPU")
+
+
+def test_the_loader_ends_with_one_sentence(tmp_path: Path, demo_gpt2: Path) -> None:
+    command = [sys.executable, "-m", "services.loader", "--listen", "127.0.0.1:0", "--device", "cuda:0"]
+    command += ["--socket", str(tmp_path / "loader.sock"), "--model", str(demo_gpt2)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "ERROR" in line]
+    assert "--device cuda:N" in line
+    assert "mxgpt[cuda]" in line
+
+
+def test_the_engine_refuses() -> None:
+    with pytest.raises(ServiceError, match="mxgpt\\[cuda\\]") as caught:
+        make_runner(None, (), None, "cuda:0")  # type: ignore[arg-type]  # it does not come to look at them
+    assert caught.value.reason is Reason.FIELD_INVALID
+
+
+def test_devices_have_names() -> None:
+    assert device_index("cpu") is None
+    assert device_index("cuda:12") == 12
+    assert layouts_of("cuda:1") == ("cuda.v1",)
+    for name in ("cuda", "cuda:", "cuda:-1", "gpu:0", "cuda:0x"):
+        with pytest.raises(ValueError, match="neither"):
+            device_index(name)
