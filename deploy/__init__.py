@@ -1,0 +1,1 @@
+"""Deployment: what the compose file needs beside it, and its rehearsal."""
