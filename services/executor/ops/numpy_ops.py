@@ -129,12 +129,12 @@ class NumpyOps:
         num_rows = len(x)
         if num_rows == 0:  # no logits are wanted of a chunk that does not end its prompt
             return np.empty((0, matrix.num_outputs), np.float32)
-        twice = num_rows == 1 or self._one_row_at_a_time
+        twice = num_rows == 1 and not self._one_row_at_a_time
         if twice:
             x = np.repeat(x, 2, axis=0)
         product = np.empty((len(x), matrix.width), np.float32)
-        multiply(x, matrix, product, max_rows=2 if self._one_row_at_a_time else PIECE_ROWS)
-        result = product[:: 2 if twice else 1, : matrix.num_outputs]
+        multiply(x, matrix, product, self._one_row_at_a_time)
+        result = product[:num_rows, : matrix.num_outputs]
         if bias is not None:
             result += bias
         return result
@@ -246,26 +246,28 @@ class NumpyOps:
 
 
 def multiply(
-    x: Floats,  # (rows, inputs), rows >= 2
+    x: Floats,  # (rows, inputs), rows >= 2 unless one at a time
     matrix: Matrix,
     out: Floats,  # (rows, matrix.width)
-    max_rows: int = PIECE_ROWS,
+    one_row_at_a_time: bool = False,
 ) -> None:
     """out = x @ matrix, in pieces that give a row the same bits whatever other rows there are."""
     num_rows, num_inputs, width = len(x), matrix.num_inputs, matrix.width
-    max_columns = PIECE_OUTPUTS if num_rows > SMALL_ROWS else SMALL_OUTPUTS // num_rows // 64 * 64
-    if num_rows <= max_rows and num_inputs <= PIECE_INPUTS and width <= max_columns:
+    if one_row_at_a_time:  # a stack of products of one row each
+        x, out = x[:, None], out[:, None]
+    max_columns = PIECE_OUTPUTS if num_rows > SMALL_ROWS or one_row_at_a_time else SMALL_OUTPUTS // num_rows // 64 * 64
+    if num_rows <= PIECE_ROWS and num_inputs <= PIECE_INPUTS and width <= max_columns:
         np.matmul(x, matrix.columns(0, width), out=out)
         return
     for column in range(0, width, max_columns):
         end_column = min(column + max_columns, width)
         tile = matrix.columns(column, end_column)
-        for row, end_row in _row_pieces(num_rows, max_rows):
-            piece = out[row:end_row, column:end_column]
-            np.matmul(x[row:end_row, :PIECE_INPUTS], tile[:PIECE_INPUTS], out=piece)
+        for row, end_row in _row_pieces(num_rows):
+            piece = out[row:end_row, ..., column:end_column]
+            np.matmul(x[row:end_row, ..., :PIECE_INPUTS], tile[:PIECE_INPUTS], out=piece)
             for start in range(PIECE_INPUTS, num_inputs, PIECE_INPUTS):
                 stop = min(start + PIECE_INPUTS, num_inputs)
-                piece += np.matmul(x[row:end_row, start:stop], tile[start:stop])
+                piece += np.matmul(x[row:end_row, ..., start:stop], tile[start:stop])
 
 
 def swiglu(
@@ -340,8 +342,8 @@ def _sizes(size: int, piece: int) -> set[int]:
     return {min(piece, size - start) for start in {0, size // piece * piece} if start < size}
 
 
-def _row_pieces(num_rows: int, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most max_rows that cover the rows, none of one row: the last may begin a row early."""
-    for start in range(0, num_rows, max_rows):
-        stop = min(start + max_rows, num_rows)
-        yield min(start, stop - 2), stop
+def _row_pieces(num_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most PIECE_ROWS that cover the rows, none of one row if there are more: the last may begin early."""
+    for start in range(0, num_rows, PIECE_ROWS):
+        stop = min(start + PIECE_ROWS, num_rows)
+        yield max(0, min(start, stop - 2)), stop
