@@ -122,8 +122,34 @@ def test_an_engine_that_dies_takes_its_executor_with_it_and_no_stream(demo_gpt_o
         assert victim.process.wait(10) != 0, "its supervisor must see a failure"
 
 
-def _kill(process_id: int) -> None:
+def test_a_tokenizer_that_dies_takes_no_stream(demo_gpt_oss: Path) -> None:
+    """The stream goes on over the other replica, on the same executor; each of the two dies once."""
+    with running(demo_gpt_oss) as stack:
+        second = Service("tokenizer", "--loader", stack.loader.address)
+        both = [stack.tokenizer, second]
+        executor = stack.start_executor("--tokenizer", f"{stack.tokenizer.address},{second.address}")
+        try:
+            executor.wait_healthy()
+            with Client(executor.address) as client:
+                quiet = [outcome(client.complete(PROMPT, **options)) for options in OPTIONS]
+                for number, options in enumerate(OPTIONS):
+                    with client.generate(PROMPT, **options) as generation:
+                        for piece_number, _ in enumerate(generation):
+                            if piece_number == 20:
+                                both[number].kill()
+                        assert outcome(generation.result) == quiet[number]
+                        assert generation.result.num_resumes == 0
+                    both[number] = Service(
+                        "tokenizer", "--loader", stack.loader.address, "--listen", both[number].address
+                    )
+                    both[number].wait_healthy()
+        finally:
+            executor.stop()
+            for tokenizer in both:
+                tokenizer.stop()
 
+
+def _kill(process_id: int) -> None:
     os.kill(process_id, signal.SIGKILL)
 
 
