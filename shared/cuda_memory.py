@@ -1,7 +1,7 @@
 """GPU memory that has a file descriptor: made by one process, imported by others, read-only.
 
 Only cuda-bindings is needed, no toolkit. Every function wants the device's primary context current in its thread
-(`Device.use`; PyCUDA's retained primary context is the same one).
+(`CudaDevice.use`; PyCUDA's retained primary context is the same one).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import Reason, ServiceError
+from shared.layout import round_up
 
 _INSTALL = "install NVIDIA's driver and mxgpt[cuda] (pip install 'mxgpt[cuda]'; PyCUDA builds against a CUDA toolkit)"
 
@@ -124,8 +125,7 @@ def create_shared(device: CudaDevice, num_bytes: int) -> tuple[int, Mapping]:
         ServiceError: VRAM_EXHAUSTED.
     """
     api = device.api
-    step = granularity(device)
-    size = -(-num_bytes // step) * step
+    size = round_up(num_bytes, granularity(device))
     handle = check(api.cuMemCreate(size, _properties(device), 0), num_bytes=size)
     try:
         descriptor = int(check(api.cuMemExportToShareableHandle(handle, _posix(api), 0)))
@@ -150,8 +150,7 @@ def import_readonly(device: CudaDevice, descriptor: int, num_bytes: int) -> Mapp
         ServiceError: INTERNAL if the descriptor is no such memory, or of another size.
     """
     api = device.api
-    step = granularity(device)
-    size = -(-num_bytes // step) * step
+    size = round_up(num_bytes, granularity(device))
     handle = check(api.cuMemImportFromShareableHandle(descriptor, _posix(api)))
     try:
         return _map(device, handle, size, api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from services.executor.config import ExecutorConfig
+from services.executor.main import main
 from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
@@ -69,3 +71,10 @@ def test_a_model_of_one_layer_has_windows_only(model: GPTConfig) -> None:
     engine = config().engine_config(replace(model, num_layers=1))
     assert list(engine.num_blocks) == ["window"]
     assert engine.max_context == model.context_length
+
+
+@pytest.mark.parametrize("option", ["--kv-memory-mib", "--max-batch-tokens"])
+def test_nothing_is_not_taken_for_the_default(option: str) -> None:
+    result = CliRunner().invoke(main, [option, "0"])
+    assert result.exit_code == 2
+    assert "at least 1" in result.output

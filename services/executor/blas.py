@@ -9,9 +9,7 @@ CPUINFO = Path("/proc/cpuinfo")
 AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what OpenBLAS's SkylakeX kernels use
 
 
-def blas_environment(
-    num_threads: int, given: Mapping[str, str], cpuinfo: Path = Path("/proc/cpuinfo")
-) -> dict[str, str]:
+def blas_environment(num_threads: int, given: Mapping[str, str], cpuinfo: Path = CPUINFO) -> dict[str, str]:
     """The variables to set: threads, and OpenBLAS's kernels.
 
     OpenBLAS chooses kernels by the processor's model; newer AMD ones get those for AVX2, which are slower than those

@@ -172,8 +172,12 @@ def main(**options: Any) -> None:
     server = server_config(options)
     peers = client_config(options)
     on_gpu = options["device"] != "cpu"
-    options["kv_memory_bytes"] = (options.pop("kv_memory_mib") or (4096 if on_gpu else 1024)) * 2**20
-    options["max_batch_tokens"] = options["max_batch_tokens"] or (2048 if on_gpu else 256)
+    kv_memory_mib = options.pop("kv_memory_mib")
+    if kv_memory_mib is None:
+        kv_memory_mib = 4096 if on_gpu else 1024
+    options["kv_memory_bytes"] = kv_memory_mib * 2**20
+    if options["max_batch_tokens"] is None:
+        options["max_batch_tokens"] = 2048 if on_gpu else 256
     try:
         config = ExecutorConfig(server=server, peers=peers, **options)
     except ValueError as error:
