@@ -245,9 +245,9 @@ def check_streams(streams: Sequence[Stream]) -> list[str]:
 def check_idle(status: Any) -> list[str]:
     """What an executor without work still holds."""
     held = [
-        f"{usage.group}: {usage.num_blocks - usage.num_free - usage.num_cached} KV blocks are lost"
-        for usage in status.blocks
-        if usage.num_free + usage.num_cached < usage.num_blocks and usage.num_free < usage.num_blocks
+        f"{usage.group}: {usage.num_blocks - usage.num_free} KV blocks are lost"
+        for usage in status.blocks  # of which those in the prefix cache count as free
+        if usage.num_free < usage.num_blocks
     ]
     if status.num_running or status.num_waiting:
         held.append(f"{status.num_running} sequences run and {status.num_waiting} wait")
