@@ -241,16 +241,16 @@ def print_kernels(device: Device, runner: CudaRunner, batch: StepBatch) -> None:
     calls = record_calls(device, work, {})
     print(f"{'kernel':28}{'grid':>18} calls  us each   us all")
     for key, launches in calls.items():
-        graph = device.capture(functools.partial(launch_all, device, launches))
+        graph = device.capture(functools.partial(launch_all, launches))
         graph.launch()
         total = statistics.median(device.measure(graph.launch) for _ in range(9))
         graph.destroy()
         print(f"{key[0]:28}{key[1]!s:>18} {len(launches):5} {total / len(launches):8.2f} {total:8.1f}")
 
 
-def launch_all(device: Device, launches: list[Any]) -> None:
+def launch_all(launches: list[Any]) -> None:
     for launch in launches:
-        device.launch(*launch)
+        launch()
 
 
 def print_prefill_kernels(device: Device, runner: CudaRunner, batch: StepBatch) -> None:
@@ -259,8 +259,8 @@ def print_prefill_kernels(device: Device, runner: CudaRunner, batch: StepBatch) 
     times: dict[Any, list[float]] = {}
     launch = device.launch
 
-    def timed(name: str, grid: Any, threads: int, *arguments: Any) -> None:
-        microseconds = device.measure(lambda: launch(name, grid, threads, *arguments))
+    def timed(name: str, grid: Any, threads: int, *arguments: Any, **shared: int) -> None:
+        microseconds = device.measure(lambda: launch(name, grid, threads, *arguments, **shared))
         times.setdefault((name, grid), []).append(microseconds)
 
     device.launch = timed  # type: ignore[method-assign]
@@ -276,8 +276,8 @@ def print_prefill_kernels(device: Device, runner: CudaRunner, batch: StepBatch) 
 def record_calls(device: Device, work: Any, calls: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
     """The launches of `work`, by kernel and grid, without running them."""
     launch = device.launch
-    device.launch = lambda name, grid, threads, *arguments: calls.setdefault((name, grid), []).append(  # type: ignore
-        (name, grid, threads, *arguments)
+    device.launch = lambda name, grid, threads, *arguments, **shared: calls.setdefault((name, grid), []).append(  # type: ignore
+        functools.partial(launch, name, grid, threads, *arguments, **shared)
     )
     try:
         work()

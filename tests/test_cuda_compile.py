@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture that mxgpt names, without a GPU; the hot ones keep to registers."""
+"""Every kernel compiles for every architecture that mxgpt names, without a GPU, and keeps to registers."""
 
 import re
 import subprocess
@@ -15,7 +15,18 @@ from tests.tiny_models import TINY_GPT2, WIDE_GPT_OSS
 
 NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install a CUDA toolkit to compile the kernels")
-HOT = ("product", "product_tiled", "attention", "embed", "norm", "route", "rope")
+HOT = (
+    "product_one",
+    "product",
+    "product_rows",
+    "product_tiled",
+    "attention",
+    "attention_decode",
+    "embed",
+    "norm",
+    "route",
+    "rope",
+)
 
 
 def all_modules():
@@ -34,7 +45,7 @@ def test_all_kernels_compile_without_spills(tmp_path, target):
         assert result.returncode == 0, result.stderr
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", result.stderr)]
         assert spilled, "ptxas reported nothing"
-        return module.source in HOT and max(spilled) > 0
+        return max(spilled) > 0
 
     modules = all_modules()
     assert {module.source for module in modules} == {path.stem for path in SOURCES.glob("*.cu")}
@@ -68,6 +79,6 @@ def test_entry_points_take_the_arguments_that_are_declared():
         source = re.sub(r"//[^\n]*|\\\n", "", source).replace("##NUM_TILES", "1").replace("##M_TILES", "1")
         for _, entry, types in entries:
             stem = re.sub(r"_\d$", "_1", entry)
-            (parameters,) = re.findall(rf"\b{stem}\(([^)]*)\)\s*\{{", source)
+            (parameters,) = re.findall(rf"\b{stem}\(([^)]*)\)\s*\{{", source.replace("NAME(", f"{entry}("))
             kinds = ["P" if "*" in one else "f" if "float" in one else "i" for one in parameters.split(",")]
             assert "".join(kinds) == types, entry

@@ -160,7 +160,7 @@ def test_norms(device, size):
     vectors = [Vector((upload(device, vector),), (size,)) for vector in (weight, bias)]
     exact = values.astype(np.float64)
     roots = np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
-    assert_halves(device, ops.rms_norm(x, vectors[0]), exact / roots * weight)
+    assert_halves(device, ops.halves(ops.rms_norm(x, vectors[0])), exact / roots * weight)
     centred = exact - exact.mean(axis=1, keepdims=True)
     roots = np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
     slack = np.abs(values).max() * 2.0**-20 / roots * np.abs(weight)  # the mean's own rounding
@@ -245,7 +245,8 @@ class AttentionCheck:
         device.upload(self.inputs, pack(batch, step, self.block_size, tokens, self.inputs))
         self.ops.prepare(step)
         qkv = self.random.standard_normal((rows, config.query_size + 2 * config.kv_size)).astype(np.float32)
-        queries = self.run_store(qkv, step)
+        device.upload(self.ops._workspace.qkv, qkv)
+        queries = self.ops.place_kv(self.kv, step, rotate=config.rope is not None)
         replaced = replace(self.kv, window=self.window)
         heads = self.ops.attention(queries, replaced, step, self.sinks_vector)
         assert isinstance(heads, Halves)
@@ -255,20 +256,6 @@ class AttentionCheck:
         largest = max(np.abs(values).max() for values in self.values if len(values))
         # Weights and the result are rounded to half, scores are sums over D products of halves.
         np.testing.assert_allclose(found.astype(np.float64), expected, atol=4 * HALF_STEP * largest)
-
-    def run_store(self, qkv, step):
-        """store_kv without the product before it, split by hand into splits of attention if asked for."""
-        config, device = self.config, self.device
-        device.upload(self.ops._workspace.qkv, qkv)
-        device.launch(
-            "store_kv",
-            (config.num_heads + 2 * config.num_kv_heads, len(qkv), 1),
-            32,
-            *(self.ops._workspace.qkv, self.ops._workspace.angles if config.rope else 0, step.places["full"]),
-            *(self.ops._workspace.queries, self.kv.keys, self.kv.values),
-            *(config.num_heads, config.num_kv_heads, self.block_size, np.log2(np.e) / np.sqrt(config.head_size)),
-        )
-        return self.ops._workspace.queries
 
     def reference(self, qkv, batch, indices):
         config = self.config
@@ -305,9 +292,12 @@ class AttentionCheck:
 
 
 @pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.F32, GGMLType.Q6_K], ids=lambda t: t.name)
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 31, 60, 65, 200, 700])
-def test_experts(device, num_rows, type):
-    """Router, choice, order, products, activation and sum, from rows of half to the residual."""
+@pytest.mark.parametrize(
+    ("num_rows", "is_normed"),
+    [(1, True), (2, True), (8, True), *((count, False) for count in (1, 7, 16, 31, 60, 65, 200, 700))],
+)
+def test_experts(device, num_rows, is_normed, type):
+    """Norm, router, choice, order, products, activation and sum, from rows of half to the residual."""
     from services.executor.cuda.ops import Floats
 
     wide = type == GGMLType.Q6_K
@@ -340,6 +330,8 @@ def test_experts(device, num_rows, type):
     load(device, config, weights.families)
     ops = make_ops(device, config, 700)
     x, exact = halves(device, random.standard_normal((num_rows, hidden)) * 2)
+    if is_normed:
+        x, exact = normed_rows(device, random, num_rows, hidden)
     residual = random.standard_normal((num_rows + 1, hidden)).astype(np.float32)
     target = Floats(upload(device, residual), num_rows, hidden)
     router = ops.linear(x, weights.matrix("blk.0.ffn_gate_inp.weight"), weights.vector("blk.0.ffn_gate_inp.bias"))
@@ -356,12 +348,13 @@ def test_experts(device, num_rows, type):
 
     logits = exact @ held["ffn_gate_inp.weight"].T + held["ffn_gate_inp.bias"]
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :used]
-    chosen = download(device, ops._workspace.expert_ids, (num_rows, used), np.int32)
     best = np.take_along_axis(logits, ids, axis=1)
     apart = -np.diff(np.sort(-logits, axis=1)[:, ::-1][:, ::-1], axis=1)
     clear = (np.abs(apart[:, :used]) > 1e-4).all(axis=1)
     assert clear.mean() > 0.9
-    assert (chosen[clear] == ids[clear]).all()
+    if num_rows > 1 or not is_normed:  # else it is the products that choose
+        chosen = download(device, ops._workspace.expert_ids, (num_rows, used), np.int32)
+        assert (chosen[clear] == ids[clear]).all()
     mixture = np.exp(best - best[:, :1])
     mixture /= mixture.sum(axis=1, keepdims=True)
     expected, scale = residual[:num_rows].astype(np.float64), np.zeros(num_rows)
@@ -377,6 +370,38 @@ def test_experts(device, num_rows, type):
     bound = (3 * HALF_STEP * scale + 1e-5)[:, None] * np.ones(hidden)
     assert_within(found[:num_rows][clear], expected[clear], bound[clear])
     assert (found[num_rows:] == residual[num_rows:]).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8])
+@pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.BF16], ids=lambda t: t.name)
+def test_products_of_rows_that_they_normalise(device, num_rows, type):
+    from services.executor.cuda.ops import Epilogue
+
+    random = np.random.default_rng(num_rows)
+    values = (random.standard_normal((333, 1280)) / 30).astype(np.float32)
+    weights, held = make_weights(device, [[("w.weight", values, type)]])
+    load(device, TINY_GPT2, [FAMILIES[type]])
+    ops = make_ops(device, TINY_GPT2)
+    x, exact = normed_rows(device, random, num_rows, 1280)
+    out = upload(device, np.full((num_rows + 1, 333), CANARY))
+    ops.run(ops.linear(x, weights.matrix("w.weight")), out, 333, Epilogue.STORE)
+    found = download(device, out, (num_rows + 1, 333), np.float32)
+    matrix = held["w.weight"].astype(np.float64)
+    bound = product_bound(exact, matrix, type) + HALF_STEP * np.abs(exact) @ np.abs(matrix).T
+    assert_within(found[:num_rows], exact @ matrix.T, bound)
+    assert (found[num_rows:] == CANARY).all()
+
+
+def normed_rows(device, random, num_rows, width):
+    """Rows whose RMSNorm is left to what reads them, and what it gives in float64."""
+    from services.executor.cuda.ops import Floats, Normed
+    from services.executor.cuda.weights import Vector
+
+    values = (random.standard_normal((num_rows, width)) * 9).astype(np.float32)
+    weight = random.uniform(0.5, 2.0, width).astype(np.float32)
+    x = Normed(Floats(upload(device, values), num_rows, width), Vector((upload(device, weight),), (width,)))
+    exact = values.astype(np.float64)
+    return x, exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5) * weight
 
 
 def test_rows_are_gathered_and_added(device):

@@ -19,6 +19,9 @@ from services.executor.cuda.compile import Compiler, Module, architecture
 from shared.errors import Reason, ServiceError
 
 Grid = tuple[int, int, int]
+# Kernels that hold more in shared memory than a block gets unasked. They also divide a multiprocessor's memory alike:
+# kernels that do not can't be on it at the same time, and none could start while the one before it ends.
+SHARING = ("product", "attention_decode", "normed_route")
 PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
 
 
@@ -41,6 +44,9 @@ class Device:
         self._context = device.retain_primary_context()
         self._context.push()
         self.stream = cuda.Stream()
+        self.max_shared_bytes: int = device.get_attribute(
+            cuda.device_attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN  # of a block, its static shared memory included
+        )
         self._functions: dict[str, tuple[Any, str]] = {}
         self._allocations: list[Any] = []
 
@@ -57,14 +63,16 @@ class Device:
             for name, entry, types in entries:
                 function = loaded.get_function(entry)
                 function.prepare(types)
+                if name.startswith(SHARING):
+                    _prefer_shared(function, self.max_shared_bytes)
                 self._functions[name] = (function, types)
 
-    def launch(self, name: str, grid: Grid, threads: int, *arguments: int | float) -> None:
-        """Start a kernel on the stream."""
+    def launch(self, name: str, grid: Grid, threads: int, *arguments: int | float, shared_bytes: int = 0) -> None:
+        """Start a kernel on the stream, with so much dynamic shared memory for each block."""
         function, types = self._functions[name]
         assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, not {len(arguments)}"
         assert min(grid) > 0
-        function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments)
+        function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments, shared_size=shared_bytes)
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.
@@ -146,6 +154,12 @@ class Graph:
 
     def destroy(self) -> None:
         _check(driver.cuGraphExecDestroy(self._executable))
+
+
+def _prefer_shared(function: Any, max_bytes: int) -> None:
+    attribute = cuda.function_attribute
+    function.set_attribute(attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, max_bytes - function.shared_size_bytes)
+    function.set_attribute(attribute.PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
 
 def _make_edges_programmatic(graph: Any) -> None:

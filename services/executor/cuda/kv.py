@@ -56,6 +56,11 @@ class Shape:
     tile_rows: int  # rows of queries in an item, 16 or 32
     num_splits: int  # of an item's positions, in layers that see all
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether each row is the one of its sequence."""
+        return self.num_rows == self.num_sequences == self.num_items
+
 
 @dataclass(frozen=True)
 class CudaStep:

@@ -13,21 +13,41 @@ import math
 from dataclasses import dataclass, replace
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import PRODUCT_TILES
+from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES
 from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
 from services.executor.ops.numpy_ops import rope_frequencies
-from shared.cuda_layout import TILE_COLUMNS
+from shared.cuda_layout import TILE_COLUMNS, Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
 LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
-SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product.cu takes at once
-FEW_ROWS = 64  # routed by one kernel
-GROUPED_ROWS = 512  # up to here experts have few rows each: product.cu, else product_tiled.cu
+FEW_ROWS = 8  # most that product.cu and normed_route take at once
+SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
+SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
+GROUPED_ROWS = 512  # up to here experts have few rows each: product_rows.cu, else product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
-TARGET_BLOCKS = 1024  # of a decoding step's attention, at most where it splits: about eight on each multiprocessor
+MAX_USED = 8  # experts of a row that product_one.cu chooses
+NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
+MAX_STRIPS = 128  # of a block of product_one.cu
+ONE_BLOCKS = 3  # of it on each multiprocessor
+FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
+WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
+MAX_PARTIALS = 1024  # of a decoding step's attention: rows, key heads and splits
 MAX_SPLITS = 64
+STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
+MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
+
+# Bytes that a warp's lanes hold of a tile in a slot of their ring (weights.cuh).
+SLOT_BYTES = {
+    Family.MXFP4: 640,
+    Family.INT8: 1280,
+    Family.AFFINE32: 2048,
+    Family.AFFINE16: 1536,
+    Family.F32: 4096,
+    Family.F16: 2048,
+    Family.BF16: 2048,
+}
 
 
 class Epilogue(enum.IntEnum):
@@ -62,21 +82,56 @@ class Halves:
 
 
 @dataclass(frozen=True)
+class Normed:
+    """RMSNorm of at most FEW_ROWS rows, not run yet: what reads it can do it."""
+
+    x: Floats
+    weight: Vector
+
+    @property
+    def num_rows(self) -> int:
+        return self.x.num_rows
+
+    @property
+    def width(self) -> int:
+        return self.x.width
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Queries, keys and values of rows that attention turns and places itself: those of a decoding step."""
+
+    rotate: bool
+
+
+@dataclass(frozen=True)
 class Product:
     """x @ matrix + bias, not run yet."""
 
-    x: Halves
+    x: Halves | Normed
     matrix: Matrix | Vector  # a Vector: the router's, (outputs, inputs) in float32
     bias: Vector | None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The experts of each row, and pairs of rows and experts in their order; addresses."""
+    """The experts of each row, and pairs of rows and experts in their order, in the workspace."""
 
+    x: Halves  # what was routed
+    num_used: int
     num_pairs: int
     group_rows: int  # most rows of a group
     max_groups: int
+    is_sorted: bool = True  # else there are logits, of one row
+
+
+@dataclass(frozen=True)
+class ExpertSum:
+    """The weighted sum of one row's experts, not run yet."""
+
+    hidden: Halves  # a row for each expert
+    down: ExpertMatrices
+    bias: Vector
 
 
 @dataclass(frozen=True)
@@ -111,11 +166,12 @@ class Workspace:
         self.heads = halves(max_rows, config.query_size)
         self.hidden = halves(pairs, config.ffn_size)
         self.logits = floats(max_logits, config.vocab_size)
-        self.partials = floats(TARGET_BLOCKS, 32 * (head_size + 2))
+        self.partials = floats(MAX_PARTIALS, 32 * (head_size + 2))
         self.counters = device.allocate(4 * max_rows * config.num_kv_heads)
         if config.num_experts:
             self.outputs = floats(pairs, config.hidden_size)
             self.router_logits = floats(max_rows, config.num_experts)
+            self.route_counter = device.allocate(4)
             self.expert_ids, self.row_ids, self.pair_places = (device.allocate(4 * pairs) for _ in range(3))
             self.expert_weights = floats(pairs, 1)
             self.groups = device.allocate(16 * (pairs // 8 + config.num_experts + 1))
@@ -161,9 +217,11 @@ class CudaOps:
         self._device.launch(f"embed_{part.family.name}", (x.num_rows, 1, 1), 128, *arguments)
         return x
 
-    def add(self, x: Floats, y: Floats | Product | ExpertOutputs) -> Floats:
+    def add(self, x: Floats, y: Floats | Product | ExpertSum | ExpertOutputs) -> Floats:
         if isinstance(y, Product):
             self.run(y, x.address, x.width, Epilogue.RESIDUAL)
+        elif isinstance(y, ExpertSum):
+            self._run_sum(y, x)
         elif isinstance(y, ExpertOutputs):
             self._combine(x, y)
         else:
@@ -171,7 +229,15 @@ class CudaOps:
             self._device.launch("add", (-(-count // 256), 1, 1), 256, x.address, y.address, count)
         return x
 
-    def rms_norm(self, x: Floats, weight: Vector) -> Halves:
+    def rms_norm(self, x: Floats, weight: Vector) -> Halves | Normed:
+        normed = Normed(x, weight)
+        return normed if x.num_rows <= FEW_ROWS else self.halves(normed)
+
+    def halves(self, rows: Halves | Normed) -> Halves:
+        """Rows in half, their norm run if it has not been."""
+        if isinstance(rows, Halves):
+            return rows
+        x, weight = rows.x, rows.weight
         normed = Halves(self._workspace.normed, x.num_rows, x.width)
         if x.num_rows:
             arguments = (x.address, weight.address, normed.address, x.width, normed.pitch, self._config.norm_epsilon)
@@ -186,7 +252,7 @@ class CudaOps:
             self._device.launch("layer_norm", (x.num_rows, 1, 1), 256, *addresses, *arguments)
         return normed
 
-    def linear(self, x: Halves, matrix: Matrix | Vector, bias: Vector | None = None) -> Product:
+    def linear(self, x: Halves | Normed, matrix: Matrix | Vector, bias: Vector | None = None) -> Product:
         return Product(x, matrix, bias)
 
     def gelu(self, x: Product) -> Halves:
@@ -195,10 +261,16 @@ class CudaOps:
         self.run(x, hidden.address, hidden.pitch, Epilogue.GELU)
         return hidden
 
-    def store_kv(self, qkv: Product, kv: KVLayer, step: CudaStep, *, rotate: bool) -> int:
+    def store_kv(self, qkv: Product, kv: KVLayer, step: CudaStep, *, rotate: bool) -> int | Unplaced:
         assert isinstance(qkv.matrix, Matrix)
+        self.run(qkv, self._workspace.qkv, qkv.matrix.num_outputs, Epilogue.STORE)
+        return self.place_kv(kv, step, rotate=rotate)
+
+    def place_kv(self, kv: KVLayer, step: CudaStep, *, rotate: bool) -> int | Unplaced:
+        """What `store_kv` does with queries, keys and values that lie in the workspace."""
         config, workspace = self._config, self._workspace
-        self.run(qkv, workspace.qkv, qkv.matrix.num_outputs, Epilogue.STORE)
+        if step.shape.is_decode and config.num_heads // config.num_kv_heads <= MAX_GROUP:
+            return Unplaced(rotate)
         self._device.launch(
             "store_kv",
             (config.num_heads + 2 * config.num_kv_heads, step.shape.num_rows, 1),
@@ -209,9 +281,12 @@ class CudaOps:
         )
         return workspace.queries
 
-    def attention(self, queries: int, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
+    def attention(self, queries: int | Unplaced, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
         config, shape = self._config, step.shape
         heads = Halves(self._workspace.heads, shape.num_rows, config.query_size)
+        if isinstance(queries, Unplaced):
+            self._attend_decoding(queries, kv, step, sinks, heads)
+            return heads
         self._device.launch(
             f"attention_{shape.tile_rows // 16}",
             (config.num_kv_heads, shape.num_items, 1 if kv.window else shape.num_splits),
@@ -231,34 +306,52 @@ class CudaOps:
         pairs = num_rows * num_used
         group_rows = _group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
+        if isinstance(x, Normed):
+            assert pairs <= SORTED_PAIRS
+            normed = Halves(workspace.normed, num_rows, x.width)
+            device.launch(
+                "normed_route",
+                (num_experts, 1, 1),
+                256,
+                *(x.x.address, x.weight.address, weight.address, bias.address, normed.address),
+                *(workspace.router_logits, workspace.route_counter, workspace.expert_ids, workspace.expert_weights),
+                *(workspace.row_ids, workspace.pair_places, workspace.groups),
+                *(num_rows, x.width, normed.pitch, num_used, group_rows, max_groups, self._config.norm_epsilon),
+            )
+            return Routing(normed, num_used, pairs, group_rows, max_groups, is_sorted=num_rows > 1)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
-        device.launch("router", (num_experts, -(-num_rows // 8), 1), 128, *addresses, num_rows, x.width, x.pitch)
-        chosen = (workspace.router_logits, workspace.expert_ids, workspace.expert_weights)
-        order = (workspace.row_ids, workspace.pair_places, workspace.groups)
-        sizes = (num_rows, num_experts, num_used, group_rows, max_groups)
-        if num_rows <= FEW_ROWS:
-            device.launch("route", (1, 1, 1), 1024, *chosen, *order, *sizes)
+        device.launch("router", (num_experts, -(-num_rows // 8), 1), 256, *addresses, num_rows, x.width, x.pitch)
+        routing = Routing(x, num_used, pairs, group_rows, max_groups)
+        if pairs <= SORTED_PAIRS:
+            self._sort(routing)
         else:
+            chosen = (workspace.router_logits, workspace.expert_ids, workspace.expert_weights)
+            order = (workspace.row_ids, workspace.pair_places, workspace.groups)
+            sizes = (num_rows, num_experts, num_used, group_rows, max_groups)
             device.launch("choose_experts", (-(-num_rows // 4), 1, 1), 128, *chosen, num_rows, num_experts, num_used)
             device.launch("sort_pairs", (1, 1, 1), 1024, workspace.expert_ids, *order, *sizes)
-        return Routing(pairs, group_rows, max_groups)
+        return routing
 
     def experts(
         self,
-        x: Halves,
+        x: Halves | Normed,
         routing: Routing,
         gate_up: ExpertMatrices,
         gate_up_bias: Vector,
         down: ExpertMatrices,
         down_bias: Vector,
-    ) -> ExpertOutputs:
+    ) -> ExpertSum | ExpertOutputs:
         workspace = self._workspace
         hidden = Halves(workspace.hidden, routing.num_pairs, gate_up.num_outputs)
+        target = (hidden.address, hidden.pitch)
+        if not routing.is_sorted:
+            if self._takes_one(gate_up.family, 1, gate_up) and self._takes_one(down.family, routing.num_used, down):
+                self._run_chosen(routing, gate_up, gate_up_bias, hidden)
+                return ExpertSum(hidden, down, down_bias)
+            self._sort(routing)
         outputs = ExpertOutputs(workspace.outputs, x.num_rows, down.num_outputs)
         biases = gate_up_bias.addresses
-        self._run_experts(
-            x, routing, gate_up, biases, workspace.row_ids, (hidden.address, hidden.pitch), Epilogue.SWIGLU
-        )
+        self._run_experts(routing.x, routing, gate_up, biases, workspace.row_ids, target, Epilogue.SWIGLU)
         down_biases = (down_bias.address, 0)
         self._run_experts(hidden, routing, down, down_biases, 0, (outputs.address, outputs.width), Epilogue.STORE)
         return outputs
@@ -272,6 +365,9 @@ class CudaOps:
     def rows_of(self, product: Product, start: int, stop: int) -> Product:
         """The product of some of its rows."""
         x = product.x
+        if isinstance(x, Normed):
+            rows = Floats(x.x.address + 4 * start * x.width, stop - start, x.width)
+            return replace(product, x=replace(x, x=rows))
         return replace(product, x=Halves(x.address + 2 * start * x.pitch, stop - start, x.width))
 
     def run(self, product: Product, address: int, pitch: int, epilogue: Epilogue) -> None:
@@ -284,17 +380,32 @@ class CudaOps:
             self._run_part(product.x, matrix, part, bias, (address + size * part.first_output, pitch), epilogue)
 
     def _run_part(
-        self, x: Halves, matrix: Matrix, part: Part, bias: int, out: tuple[int, int], epilogue: Epilogue
+        self,
+        x: Halves | Normed,
+        matrix: Matrix,
+        part: Part,
+        bias: int,
+        out: tuple[int, int],
+        epilogue: Epilogue,
     ) -> None:
         address, pitch = out
-        addresses = (part.quants, part.scales, part.minima, bias, 0, x.address, address, 0, 0)
-        sizes = (x.pitch, pitch, x.num_rows, part.num_outputs, matrix.num_column_tiles, epilogue)
-        if x.num_rows > SMALL_ROWS:
-            grid = (-(-part.num_strips // 8), -(-x.num_rows // TILED_ROWS), 1)
-            self._device.launch(f"product_tiled_{part.family.name}", grid, 256, *addresses, *sizes, part.num_strips)
+        family, strips = part.family, part.num_strips
+        planes, sizes = (part.quants, part.scales, part.minima, bias, 0), (part.num_outputs, matrix.num_column_tiles)
+        blocks = min(strips, (ONE_BLOCKS if x.num_rows == 1 else 2) * self._device.num_multiprocessors)
+        if x.num_rows == 1 and self._takes_one(family, 1, matrix):
+            self._run_one(f"one_{epilogue.name.lower()}", family, (blocks, 1), planes, x, out, (*sizes, strips))
             return
-        tiles = _product_tiles(x.num_rows)
-        self._device.launch(f"product_{tiles}_{part.family.name}", (part.num_strips, 1, 1), 256, *addresses, *sizes)
+        if x.num_rows <= FEW_ROWS and self._takes_few(family, x.num_rows, matrix):
+            self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
+            return
+        x = self.halves(x)
+        addresses = (*planes, x.address, address, 0, 0)
+        numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
+        if x.num_rows > SMALL_ROWS:
+            grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
+            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
+        else:
+            self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, numbers, are_groups_early=False)
 
     def _run_experts(
         self,
@@ -308,15 +419,156 @@ class CudaOps:
     ) -> None:
         address, pitch = out
         groups = self._workspace.groups
-        addresses = (matrices.quants, matrices.scales, matrices.minima, *biases, x.address, address, row_ids, groups)
-        sizes = (x.pitch, pitch, routing.num_pairs, matrices.num_outputs, matrices.num_column_tiles, epilogue)
-        family, strips = matrices.family.name, matrices.num_strips
+        family, strips, num_groups = matrices.family, matrices.num_strips, routing.max_groups
+        planes = (matrices.quants, matrices.scales, matrices.minima, *biases)
+        sizes = (matrices.num_outputs, matrices.num_column_tiles, epilogue, strips)
+        are_groups_early = row_ids == 0  # the product before this one has waited for them
+        most = min(routing.group_rows, routing.x.num_rows)
+        blocks = max(2 * self._device.num_multiprocessors // num_groups, -(-strips // FEW_STRIPS))
+        few = (min(strips, blocks), num_groups)
+        if most <= FEW_ROWS and self._takes_few(family, most, matrices):
+            self._run_few(family, few, planes, x, out, (most, *sizes), (row_ids, groups, are_groups_early))
+            return
+        addresses = (*planes, x.address, address, row_ids, groups)
+        numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
         if routing.group_rows == TILED_ROWS:
-            grid = (-(-strips // 8), routing.max_groups, 1)
-            self._device.launch(f"product_tiled_{family}", grid, 256, *addresses, *sizes, strips)
+            grid = (-(-strips // NUM_WARPS), num_groups, 1)
+            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
         else:
-            grid = (strips, routing.max_groups, 1)
-            self._device.launch(f"product_{routing.group_rows // 8}_{family}", grid, 256, *addresses, *sizes)
+            self._run_rows(family, _row_tiles(routing.group_rows), num_groups, addresses, numbers, are_groups_early)
+
+    def _run_one(
+        self,
+        entry: str,
+        family: Family,
+        grid: tuple[int, int],
+        planes: tuple[int, ...],
+        x: Halves | Normed,
+        out: tuple[int, int],
+        sizes: tuple[int, int, int],  # outputs, column tiles, strips
+        num_used: int = 0,  # experts that are chosen; 0 for a dense matrix
+        *,
+        are_logits_early: bool = False,
+    ) -> None:
+        """product_one.cu."""
+        address, pitch = out
+        logits = self._workspace.router_logits if num_used else 0
+        if isinstance(x, Normed):
+            source = (x.x.address, x.weight.address, address, logits, x.width, x.width, pitch)
+        else:
+            source = (x.address, 0, address, logits, x.pitch, x.width, pitch)
+        flags = (self._config.num_experts, num_used, int(are_logits_early))
+        num_parts = num_used if entry == "summed" else 1
+        self._device.launch(
+            f"product_{entry}_{family.name}",
+            (max(grid[0], -(-sizes[2] // MAX_STRIPS)), grid[1], 1),
+            32 * ONE_WARPS,
+            *(*planes, *source, *sizes, *flags, self._config.norm_epsilon),
+            shared_bytes=one_row_shared(family, num_parts, sizes[1]),
+        )
+
+    def _run_chosen(self, routing: Routing, matrices: ExpertMatrices, bias: Vector, hidden: Halves) -> None:
+        """Gate and up of one row's experts, which are chosen on the way."""
+        planes = (matrices.quants, matrices.scales, matrices.minima, *bias.addresses)
+        sizes = (matrices.num_outputs, matrices.num_column_tiles, matrices.num_strips)
+        blocks = min(matrices.num_strips, ONE_BLOCKS * self._device.num_multiprocessors // routing.num_used)
+        grid, target = (blocks, routing.num_used), (hidden.address, hidden.pitch)
+        self._run_one("one_swiglu", matrices.family, grid, planes, routing.x, target, sizes, routing.num_used)
+
+    def _sort(self, routing: Routing) -> None:
+        """Experts and order of rows whose logits are there."""
+        workspace = self._workspace
+        chosen = (workspace.router_logits, workspace.expert_ids, workspace.expert_weights)
+        order = (workspace.row_ids, workspace.pair_places, workspace.groups)
+        sizes = (routing.x.num_rows, self._config.num_experts, routing.num_used, routing.group_rows, routing.max_groups)
+        self._device.launch("route", (1, 1, 1), 1024, *chosen, *order, *sizes)
+
+    def _run_few(
+        self,
+        family: Family,
+        grid: tuple[int, int],
+        planes: tuple[int, ...],
+        x: Halves | Normed,
+        out: tuple[int, int],
+        sizes: tuple[int, ...],  # most rows of a group, outputs, column tiles, epilogue, strips
+        rows: tuple[int, int, bool],  # row ids, groups, whether the groups may be read before the wait
+    ) -> None:
+        """product.cu."""
+        address, pitch = out
+        row_ids, groups, are_groups_early = rows
+        if isinstance(x, Normed):
+            source = (x.x.address, x.weight.address, address, row_ids, groups, x.width, x.width, pitch)
+        else:
+            source = (x.address, 0, address, row_ids, groups, x.pitch, round_up(x.width, TILE_COLUMNS), pitch)
+        num_rows, column_tiles = sizes[0], sizes[2]
+        self._device.launch(
+            f"product_{family.name}",
+            (*grid, 1),
+            32 * NUM_WARPS,
+            *(*planes, *source, *sizes, int(are_groups_early), self._config.norm_epsilon),
+            shared_bytes=few_rows_shared(family, num_rows, column_tiles),
+        )
+
+    def _run_rows(
+        self,
+        family: Family,
+        tiles: int,
+        num_groups: int,
+        addresses: tuple[int, ...],
+        numbers: tuple[int, ...],
+        are_groups_early: bool,
+    ) -> None:
+        """product_rows.cu, a strip shared by a block's warps where there are few."""
+        strips = numbers[-1]
+        shares = 1 if strips * num_groups >= WHOLE_STRIPS else NUM_WARPS
+        grid = (-(-strips * shares // NUM_WARPS), num_groups, 1)
+        partial = 0 if shares == 1 else NUM_WARPS * 16 * (8 * tiles + 1) * 4
+        self._device.launch(
+            f"product_rows_{tiles}_{family.name}",
+            grid,
+            32 * NUM_WARPS,
+            *(*addresses, *numbers, shares, int(are_groups_early)),
+            shared_bytes=_ring_bytes(family, 32768) + partial,
+        )
+
+    def _run_sum(self, product: ExpertSum, x: Floats) -> None:
+        hidden, down = product.hidden, product.down
+        planes = (down.quants, down.scales, down.minima, product.bias.address, 0)
+        sizes = (down.num_outputs, down.num_column_tiles, down.num_strips)
+        grid, target = (down.num_strips, 1), (x.address, x.width)
+        # The product before this one has waited for the logits.
+        self._run_one(
+            "summed", down.family, grid, planes, hidden, target, sizes, hidden.num_rows, are_logits_early=True
+        )
+
+    def _takes_one(self, family: Family, num_parts: int, matrix: Matrix | ExpertMatrices) -> bool:
+        """Whether product_one.cu takes the family, and so many rows of x fit in shared memory."""
+        if family not in EXACT or num_parts > MAX_USED:
+            return False
+        return self._fits(one_row_shared(family, num_parts, matrix.num_column_tiles))
+
+    def _takes_few(self, family: Family, num_rows: int, matrix: Matrix | ExpertMatrices) -> bool:
+        """Whether product.cu can hold so many rows of x in shared memory."""
+        return self._fits(few_rows_shared(family, num_rows, matrix.num_column_tiles))
+
+    def _fits(self, shared_bytes: int) -> bool:
+        return shared_bytes + STATIC_BYTES <= self._device.max_shared_bytes
+
+    def _attend_decoding(
+        self, queries: Unplaced, kv: KVLayer, step: CudaStep, sinks: Vector | None, heads: Halves
+    ) -> None:
+        config, workspace, shape = self._config, self._workspace, step.shape
+        self._device.launch(
+            "attention_decode",
+            (config.num_kv_heads, shape.num_rows, 1 if kv.window else shape.num_splits),
+            128,
+            *(workspace.qkv, workspace.angles if queries.rotate else 0, step.places[kv.group], step.items),
+            *(step.tables[kv.group], sinks.address if sinks else 0, kv.keys, kv.values),
+            *(heads.address, workspace.partials, workspace.counters),
+            *(config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch),
+            LOG2_E / math.sqrt(config.head_size),
+            shared_bytes=decode_shared(padded_head_size(config)),
+        )
 
     def _combine(self, x: Floats, outputs: ExpertOutputs) -> None:
         workspace = self._workspace
@@ -325,14 +577,38 @@ class CudaOps:
         self._device.launch("combine", grid, 256, *addresses, x.width, self._config.num_experts_used)
 
 
-def _product_tiles(num_rows: int) -> int:
-    """The fewest tiles of 8 rows that product.cu comes in and that hold the rows."""
+def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:
+    """Bytes of product_one.cu's dynamic shared memory: rings of groups of tiles, rows of x."""
+    group = 4 if family == Family.MXFP4 else 2
+    codes, scales = (512, 4) if family == Family.MXFP4 else (1024, 8)
+    return ONE_WARPS * ONE_DEPTH * (group * codes + 32 * scales) + 2 * num_parts * (column_tiles + group) * TILE_COLUMNS
+
+
+def few_rows_shared(family: Family, num_rows: int, column_tiles: int) -> int:
+    """Bytes of product.cu's dynamic shared memory: rings, rows of x, sums of shared strips."""
+    return _ring_bytes(family, 40960) + 2 * num_rows * (column_tiles * TILE_COLUMNS + 32) + 1024 * (num_rows + 1)
+
+
+def decode_shared(head_size: int) -> int:
+    """Bytes of attention_decode.cu's dynamic shared memory: chunks, then what its warps merge."""
+    chunks = 4 * (2 if head_size <= 64 else 1) * 128 * head_size
+    return max(chunks, 4 * 4 * MAX_GROUP * (head_size + 3))
+
+
+def _ring_bytes(family: Family, wanted: int) -> int:
+    """Of a block's rings, whose slots are as many as make about `wanted` bytes, at least two."""
+    slot = SLOT_BYTES[family]
+    return NUM_WARPS * slot * max(2, wanted // NUM_WARPS // slot)
+
+
+def _row_tiles(num_rows: int) -> int:
+    """The fewest tiles of 8 rows that product_rows.cu comes in and that hold the rows."""
     return next(tiles for tiles in PRODUCT_TILES if 8 * tiles >= num_rows)
 
 
 def _group_rows(num_rows: int) -> int:
     """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each."""
-    for limit, group_rows in ((8, 8), (32, 16), (64, 32), (GROUPED_ROWS, 64)):
+    for limit, group_rows in ((16, 8), (64, 16), (128, 32), (GROUPED_ROWS, 64)):
         if num_rows <= limit:
             return group_rows
     return TILED_ROWS

@@ -27,7 +27,6 @@ from services.executor.cuda.kv import (
 from services.executor.cuda.ops import (
     MAX_SPLITS,
     SMALL_ROWS,
-    TARGET_BLOCKS,
     CudaOps,
     Epilogue,
     Product,
@@ -45,6 +44,7 @@ from shared.memory import kv_groups
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_LOGITS = 256  # rows of logits at once
 MAX_HEAD_SIZE = 128
+BUSY_BLOCKS = 2  # of attention on each multiprocessor, that splitting aims at
 SPLIT_CHUNKS = 4  # of 32 positions, that a split has at least: one for each of its warps
 
 
@@ -170,7 +170,7 @@ class CudaRunner:
         if num_rows > SMALL_ROWS:
             return 1
         chunks = table_width * self._block_size // BLOCK_MULTIPLE
-        wanted = TARGET_BLOCKS // (num_rows * self._config.num_kv_heads)
+        wanted = BUSY_BLOCKS * self._device.num_multiprocessors // (num_rows * self._config.num_kv_heads)
         return max(1, min(MAX_SPLITS, wanted, chunks // SPLIT_CHUNKS))
 
     def _run_head(self, head: Product) -> None:

@@ -118,8 +118,8 @@ __device__ __forceinline__ void attend(const __half* queries,  // (rows, H, HEAD
     constexpr int ROWS = 16 * M_TILES, WIDTH = HEAD_SIZE_PADDED + 2;
     __shared__ float merged[ROWS][WIDTH];  // of each row: values, maximum, sum
     __shared__ bool is_last;
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int4 item = items[blockIdx.y];  // first row of the batch, rows, position of the first, sequence
     if (item.y == 0) return;

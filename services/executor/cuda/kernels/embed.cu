@@ -8,8 +8,8 @@ extern "C" __global__ void embed(const char* quants, const char* scales, const c
                                  const int* ids,  // (rows,)
                                  float* out,      // (rows, num_columns)
                                  int num_columns, int column_tiles) {
-    start_dependents();
     await_inputs();
+    start_dependents();
     const Planes planes = {quants, scales, minima};
     const int row = max(ids[blockIdx.x], 0);
     const int strip = row / 16, upper = row % 16 / 8, g = row % 8;

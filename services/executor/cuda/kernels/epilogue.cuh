@@ -11,11 +11,11 @@ enum Epilogue {
 };
 
 struct Output {
-    void* values;           // (rows, pitch)
-    const float* bias;      // (num_outputs,) of each expert, or null; with SWIGLU that of gate
-    const float* up_bias;   // (num_outputs,) of each expert, with SWIGLU
-    int pitch;              // values in a row
-    int num_outputs;        // of each expert; with SWIGLU of gate
+    void* values;          // (rows, pitch)
+    const float* bias;     // (num_outputs,) of each expert, or null; with SWIGLU that of gate
+    const float* up_bias;  // (num_outputs,) of each expert, with SWIGLU
+    int pitch;             // values in a row
+    int num_outputs;       // of each expert; with SWIGLU of gate
     int epilogue;
 };
 
@@ -31,26 +31,36 @@ __device__ __forceinline__ float swiglu(float gate, float up) {
     return gate / (1.0f + __expf(-1.702f * gate)) * (up + 1.0f);
 }
 
+template <int EPILOGUE>
 __device__ __forceinline__ void finish_one(const Output& out, const float* bias, int row, int output, float sum) {
     if (output >= out.num_outputs) return;
     const size_t index = static_cast<size_t>(row) * out.pitch + output;
     if (bias != nullptr) sum += bias[output];
-    if (out.epilogue == STORE) static_cast<float*>(out.values)[index] = sum;
-    if (out.epilogue == RESIDUAL) static_cast<float*>(out.values)[index] += sum;
-    if (out.epilogue == GELU) static_cast<__half*>(out.values)[index] = to_half(gelu(sum));
+    if (EPILOGUE == STORE) static_cast<float*>(out.values)[index] = sum;
+    if (EPILOGUE == RESIDUAL) static_cast<float*>(out.values)[index] += sum;
+    if (EPILOGUE == GELU) static_cast<__half*>(out.values)[index] = to_half(gelu(sum));
 }
 
 // The sums of outputs g and g + 8 of strip `strip` in row `row`.
+template <int EPILOGUE>
 __device__ __forceinline__ void finish(const Output& out, int expert, int strip, int g, int row, float low, float high) {
     const size_t offset = static_cast<size_t>(expert) * out.num_outputs;
-    if (out.epilogue != SWIGLU) {
+    if (EPILOGUE != SWIGLU) {
         const float* bias = out.bias == nullptr ? nullptr : out.bias + offset;
-        finish_one(out, bias, row, strip * 16 + g, low);
-        finish_one(out, bias, row, strip * 16 + g + 8, high);
+        finish_one<EPILOGUE>(out, bias, row, strip * 16 + g, low);
+        finish_one<EPILOGUE>(out, bias, row, strip * 16 + g + 8, high);
         return;
     }
     const int output = strip * 8 + g;
     if (output >= out.num_outputs) return;
     const float activated = swiglu(low + out.bias[offset + output], high + out.up_bias[offset + output]);
     static_cast<__half*>(out.values)[static_cast<size_t>(row) * out.pitch + output] = to_half(activated);
+}
+
+// The same where the kernel does not know at compile time.
+__device__ __forceinline__ void finish(const Output& out, int expert, int strip, int g, int row, float low, float high) {
+    if (out.epilogue == STORE) finish<STORE>(out, expert, strip, g, row, low, high);
+    if (out.epilogue == RESIDUAL) finish<RESIDUAL>(out, expert, strip, g, row, low, high);
+    if (out.epilogue == GELU) finish<GELU>(out, expert, strip, g, row, low, high);
+    if (out.epilogue == SWIGLU) finish<SWIGLU>(out, expert, strip, g, row, low, high);
 }

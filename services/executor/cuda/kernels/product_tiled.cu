@@ -66,8 +66,8 @@ extern "C" __global__ void __launch_bounds__(256) product_tiled(
     const int4* groups,  // (gridDim.y,) or null
     int x_pitch, int pitch, int num_rows, int num_outputs, int column_tiles, int epilogue, int num_strips) {
     __shared__ uint4 stages[NUM_STAGES][TILE_ROWS * 8];
-    start_dependents();
     await_inputs();
+    start_dependents();
     const Planes planes = {quants, scales, minima};
     const Output out = {values, bias, up_bias, pitch, num_outputs, epilogue};
     int expert = 0, start = blockIdx.y * TILE_ROWS, count = min(TILE_ROWS, num_rows - start);

@@ -12,8 +12,8 @@ extern "C" __global__ void rotation(const int* positions,      // (rows,)
                                     const float* frequencies,  // (HEAD_SIZE / 2,)
                                     float2* angles,            // (rows, HEAD_SIZE / 2)
                                     float factor) {
-    start_dependents();
     await_inputs();
+    start_dependents();
     float sine, cosine;
     sincosf(static_cast<float>(positions[blockIdx.x]) * frequencies[threadIdx.x], &sine, &cosine);
     angles[blockIdx.x * HALF_HEAD + threadIdx.x] = make_float2(cosine * factor, sine * factor);
@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(32) store_kv(
     const int* places,     // (rows,) block * block_size + position in the block; below zero: not stored
     __half* queries,       // (rows, H, HEAD_SIZE_PADDED)
     __half* keys, __half* values, int num_heads, int num_kv_heads, int block_size, float scale) {
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int head = blockIdx.x, row = blockIdx.y, num_all = num_heads + 2 * num_kv_heads;
     const float* source = qkv + (static_cast<size_t>(row) * num_all + head) * HEAD_SIZE;
     const bool is_query = head < num_heads, is_value = head >= num_heads + num_kv_heads;

@@ -6,8 +6,8 @@
 extern "C" __global__ void add(float* x,        // (count,), x += y
                                const float* y,  // (count,)
                                int count) {
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) x[i] += y[i];
 }
@@ -16,8 +16,8 @@ extern "C" __global__ void gather(const float* x,    // (rows, size)
                                   const int* rows,   // (gridDim.x,)
                                   float* out,        // (gridDim.x, size)
                                   int size) {
-    start_dependents();
     await_inputs();
+    start_dependents();
     const float* source = x + static_cast<size_t>(rows[blockIdx.x]) * size;
     float* target = out + static_cast<size_t>(blockIdx.x) * size;
     for (int i = threadIdx.x; i < size; i += blockDim.x) target[i] = source[i];

@@ -67,6 +67,70 @@ __device__ __forceinline__ void load_tile(Tile& tile, const Planes& planes, size
 #endif
 }
 
+// A lane's share of a tile on its way through shared memory, which only that lane touches: pieces of 16 bytes of all
+// lanes beside each other, then what belongs to them.
+constexpr int SCALE_BYTES = FAMILY == 0 ? 4 : FAMILY == 1 ? 8 : FAMILY == 2 ? 32 : FAMILY == 3 ? 16 : 0;
+constexpr int SLOT_BYTES = 32 * (16 * NUM_LOADS + SCALE_BYTES);
+
+// Where a lane's shares of tiles one after another come from.
+struct TileStream {
+    const char* codes;
+    const char* scales;  // and, as far behind as in the planes, minima
+    size_t minima_offset;
+
+    __device__ __forceinline__ TileStream(const Planes& planes, size_t index, int lane)
+        : codes(planes.quants + index * (NUM_LOADS * 512) + lane * 16), minima_offset(0) {
+#if FAMILY == 0
+        scales = planes.scales + index * 32 + lane / 4 * 4;
+#elif FAMILY == 1
+        scales = planes.scales + index * 64 + lane / 4 * 8;
+#elif FAMILY == 2
+        scales = planes.scales + index * 128 + lane / 4 * 16;
+        minima_offset = planes.minima - planes.scales;
+#elif FAMILY == 3
+        scales = planes.scales + index * 256 + lane % 4 / 2 * 128 + lane / 4 * 16;
+#endif
+    }
+
+    // The next tile, to the lane's own place in a slot.
+    __device__ __forceinline__ void copy(char* slot, int lane) {
+#pragma unroll
+        for (int i = 0; i < NUM_LOADS; i++) copy_async<16>(slot + i * 512 + lane * 16, codes + i * 512);
+        codes += NUM_LOADS * 512;
+        [[maybe_unused]] char* target = slot + NUM_LOADS * 512;
+#if FAMILY == 0
+        copy_async<4>(target + lane * 4, scales);
+        scales += 32;
+#elif FAMILY == 1
+        copy_async<8>(target + lane * 8, scales);
+        scales += 64;
+#elif FAMILY == 2
+        copy_async<16>(target + lane * 16, scales);
+        copy_async<16>(target + 512 + lane * 16, scales + minima_offset);
+        scales += 128;
+#elif FAMILY == 3
+        copy_async<16>(target + lane * 16, scales);
+        scales += 256;
+#endif
+    }
+};
+
+__device__ __forceinline__ void read_tile(Tile& tile, const char* slot, int lane) {
+#pragma unroll
+    for (int i = 0; i < NUM_LOADS; i++) tile.codes[i] = *reinterpret_cast<const uint4*>(slot + i * 512 + lane * 16);
+    [[maybe_unused]] const char* scales = slot + NUM_LOADS * 512;
+#if FAMILY == 0
+    tile.scales = *reinterpret_cast<const uint32_t*>(scales + lane * 4);
+#elif FAMILY == 1
+    tile.scales = *reinterpret_cast<const uint2*>(scales + lane * 8);
+#elif FAMILY == 2
+    tile.scales = *reinterpret_cast<const uint4*>(scales + lane * 16);
+    tile.minima = *reinterpret_cast<const uint4*>(scales + 512 + lane * 16);
+#elif FAMILY == 3
+    tile.scales = *reinterpret_cast<const uint4*>(scales + lane * 16);
+#endif
+}
+
 __device__ __forceinline__ uint32_t word(const uint4& four, int index) {
     return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
 }
@@ -135,8 +199,8 @@ __device__ __forceinline__ void decode(const Tile& tile, int block, int upper, u
 // What the sums of block `block` in row g + 8 `upper` are multiplied with; families 0 and 1.
 __device__ __forceinline__ float scale_of(const Tile& tile, int block, int upper) {
 #if FAMILY == 0
-    const uint32_t exponent = (tile.scales >> (8 * (2 * block + upper))) & 0xFFu;
-    return __uint_as_float(exponent == 0 ? 0x00400000u : exponent << 23);
+    // The byte to the top, one bit down: 2^(e - 127), but zero for e = 0, whose products are below float's range.
+    return __uint_as_float(__byte_perm(tile.scales, 0, (2 * block + upper) << 12 | 0x0444) >> 1);
 #elif FAMILY == 1
     const uint32_t two = block == 0 ? tile.scales.x : tile.scales.y;
     return __half2float(__ushort_as_half(static_cast<unsigned short>(upper == 0 ? two & 0xFFFFu : two >> 16)));
