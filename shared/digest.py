@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -35,7 +35,7 @@ class FileHashes:
         self._pool = ThreadPoolExecutor(num_threads, "hash")
         # A pin is one hash over a whole file, sequential by nature, so it starts first.
         self._pins = [
-            self._pool.submit(_check_pin, path, pin, stop) for path, pin in zip(file.paths, pins, strict=False)
+            self._pool.submit(check_pin, path, pin, stop) for path, pin in zip(file.paths, pins, strict=False)
         ]
         self._pieces = [
             self._pool.submit(_hash_piece, path, offset, min(PIECE_BYTES, size - offset), stop)
@@ -58,17 +58,37 @@ class FileHashes:
         """
         for pin in self._pins:
             pin.result()
-        whole = hashlib.sha256()
-        for piece in self._pieces:
-            whole.update(piece.result())
+        digest = digest_of_pieces(piece.result() for piece in self._pieces)
         check_unchanged(self._file)
-        return whole.hexdigest()
+        return digest
 
 
 def digest_of(file: GGUFFile, pins: Sequence[str], num_threads: int, stop: Event) -> str:
     """The digest of a model's files, read for nothing else; arguments and errors as `FileHashes`."""
     with FileHashes(file, pins, num_threads, stop) as hashes:
         return hashes.result()
+
+
+def digest_of_pieces(hashes: Iterable[bytes]) -> str:
+    """The digest of files of whose pieces these are the SHA-256s, in order."""
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+def check_pin(path: Path, pin: str, stop: Event) -> None:
+    """Read a file, and refuse it unless it has this plain SHA-256.
+
+    Raises:
+        ServiceError: MODEL_CHANGED.
+        StoppedError: if the stop was set.
+    """
+    hasher = hashlib.sha256()
+    with _open(path) as file:
+        while data := file.read(PIECE_BYTES):
+            if stop.is_set():
+                raise StoppedError
+            hasher.update(data)
+    if hasher.hexdigest() != pin:
+        raise _changed(path, f"has SHA-256 {hasher.hexdigest()}, not {pin} as pinned")
 
 
 def _hash_piece(path: Path, offset: int, num_bytes: int, stop: Event) -> bytes:
@@ -84,17 +104,6 @@ def _hash_piece(path: Path, offset: int, num_bytes: int, stop: Event) -> bytes:
             hasher.update(data)
             num_read += len(data)
     return hasher.digest()
-
-
-def _check_pin(path: Path, pin: str, stop: Event) -> None:
-    hasher = hashlib.sha256()
-    with _open(path) as file:
-        while data := file.read(PIECE_BYTES):
-            if stop.is_set():
-                raise StoppedError
-            hasher.update(data)
-    if hasher.hexdigest() != pin:
-        raise _changed(path, f"has SHA-256 {hasher.hexdigest()}, not {pin} as pinned")
 
 
 def _open(path: Path) -> FileIO:
