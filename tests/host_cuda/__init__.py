@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -36,3 +37,17 @@ def _compile(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL
         command += ["-include", "cuda_fp16.h", *defines, str(SOURCES / f"{source}.cu"), "-o", str(path)]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(path))
+
+
+def parameter_types(source: str, kernel: str) -> str:
+    """The types of a kernel's parameters as its source has them: P a pointer, L 64 bits, i an int."""
+    source = re.sub(r"//[^\n]*|/\*.*?\*/|\\\n", "", source)
+    (macro,) = re.findall(r"#define PARAMETERS(.*)", source) or [""]
+    (parameters,) = re.findall(rf"\b{kernel}\(([^)]*)\)\s*\{{", source)
+    types, kind = "", ""
+    for one in parameters.replace("PARAMETERS", macro).split(","):  # a declaration may name several, as "int a, b"
+        words = re.findall(r"\w+", one)
+        if len(words) > 1:
+            kind = "L" if "Word64" in words else "i" if "int" in words else "?"
+        types += "P" if "*" in one else kind
+    return types

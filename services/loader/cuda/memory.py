@@ -216,11 +216,9 @@ class _Filling:
         """Raise MODEL_INVALID, as `cuda_layout.fill` does, if the kernels came upon a weight that can't be served."""
         found = np.empty((len(self._plan.tensors), 2), np.uint64)
         self._stream.download(self._found, found)
-        for name, (block, largest) in zip(self._plan.tensors, found.tolist(), strict=True):
-            if block != NOTHING_FOUND[0]:
-                raise not_finite(self._file, self._file.tensors[name], block)
-            if largest != NOTHING_FOUND[1]:
-                raise cuda_layout.too_large(name, float(np.uint32(largest).view(np.float32)))
+        error = refusal(self._file, list(self._plan.tensors), found)
+        if error is not None:
+            raise error
 
     def _take(self, read: ReadPiece, count: Callable[[int], None]) -> bool:
         """Copy a piece and use what it completes; False if no tensor has bytes of it."""
@@ -264,6 +262,20 @@ class _Seconds:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
+
+
+def refusal(
+    file: GGUFFile,
+    names: Sequence[str],
+    found: NDArray[np.uint64],  # (len(names), 2), as kernels leave it
+) -> ServiceError | None:
+    """The error (to be raised) for the first tensor with weights that can't be served; None if all can."""
+    for name, (block, largest) in zip(names, found.tolist(), strict=True):
+        if block != NOTHING_FOUND[0]:
+            return not_finite(file, file.tensors[name], block)
+        if largest != NOTHING_FOUND[1]:
+            return cuda_layout.too_large(name, float(np.uint32(largest).view(np.float32)))
+    return None
 
 
 def hash_on_gpu(kernels: Kernels, stream: Stream, address: int, num_bytes: int, digests: int) -> None:
