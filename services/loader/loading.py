@@ -17,13 +17,14 @@ from threading import Event, Lock
 from services.loader.cpu_memory import CpuMemory
 from services.loader.loaded_model import LoadedModel
 from services.loader.memory import Memory
+from services.loader.tokenizer_check import TokenizerCheck
+from shared.descriptors import close_all
 from shared.digest import StoppedError, digest_of
 from shared.errors import Reason, ServiceError, invalid_field
 from shared.gguf import GGUFFile, read_gguf
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation, Manifest
-from shared.tokenizer_data import tokenizer_data_from_gguf
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +107,15 @@ def load_model(
     report(Progress(Stage.PARSE))
     file, config, planned = plan_model(source.path, options)
     require_pin_count(source.sha256, file)
-    eog_token_ids = _eog_token_ids(file, source.name)
-    options.memory.require_free(planned, file, f"model {source.name!r}")
     counter = _Counter(planned, file, report, stop)
-    filled = options.memory.fill(planned, file, source.sha256, counter.add, stop)
+    with TokenizerCheck(file) as check:  # so that a model with a broken tokenizer is not served
+        options.memory.require_free(planned, file, f"model {source.name!r}")
+        filled = options.memory.fill(planned, file, source.sha256, counter.add, stop)
+        try:
+            eog_token_ids = check.eog_token_ids()
+        except BaseException:
+            close_all(filled.descriptors)
+            raise
     allocations = zip(planned.allocation_sizes, filled.sha256, generations, strict=False)
     manifest = Manifest(
         model=source.name,
@@ -203,13 +209,6 @@ class _Counter:
             self._bytes_done += num_bytes
             stage = Stage.WEIGHTS if self._bytes_done < self.bytes_total else Stage.SEAL
             self._report(Progress(stage, self._bytes_done, self.bytes_total))
-
-
-def _eog_token_ids(file: GGUFFile, name: str) -> tuple[int, ...]:
-    """From the tokenizer, which is checked here, so that a model with a broken one is not served; it may lack one."""
-    if "tokenizer.ggml.model" not in file.metadata:
-        return ()
-    return tokenizer_data_from_gguf(file, model=name, digest="").eog_token_ids
 
 
 def _require_below(root: Path | None, path: Path) -> None:
