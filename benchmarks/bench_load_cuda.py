@@ -26,7 +26,7 @@ from services.loader.cuda.memory import CudaMemory
 from services.loader.cuda.stream import Stream
 from services.loader.loading import LoadOptions, Source, load_model
 from shared.cuda_memory import CudaDevice
-from shared.digest import PIECE_BYTES
+from shared.digest import READ_BYTES
 
 NUM_THREADS = min(16, os.cpu_count() or 1)
 
@@ -67,8 +67,8 @@ def measure_link() -> float:
         times = []
         for _ in range(8):
             start = time.perf_counter()
-            for offset in range(0, buffer.nbytes, PIECE_BYTES):
-                stream.upload(address + offset, buffer[offset : offset + PIECE_BYTES])
+            for offset in range(0, buffer.nbytes, READ_BYTES):
+                stream.upload(address + offset, buffer[offset : offset + READ_BYTES])
             stream.synchronize()
             times.append(time.perf_counter() - start)
     return 64 * 2**20 / statistics.median(times) / 1e9
@@ -86,12 +86,12 @@ def read_and_hash(descriptor: int, offset: int, buffer: np.ndarray) -> int:
 
 def measure_pieces(path: Path, work) -> float:
     """GB a second of a file's first 4 GiB, by all threads."""
-    buffers = [np.zeros(PIECE_BYTES, np.uint8) for _ in range(NUM_THREADS)]
+    buffers = [np.zeros(READ_BYTES, np.uint8) for _ in range(NUM_THREADS)]
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(NUM_THREADS) as pool:
         total = min(path.stat().st_size, 4 << 30)
 
         def run(thread: int) -> None:
-            for offset in range(thread * PIECE_BYTES, total, NUM_THREADS * PIECE_BYTES):
+            for offset in range(thread * READ_BYTES, total, NUM_THREADS * READ_BYTES):
                 work(file.fileno(), offset, buffers[thread])
 
         start = time.perf_counter()

@@ -15,13 +15,13 @@ from threading import Event
 import numpy as np
 import pytest
 
-from services.loader.cuda.memory import CHECKSUM_PIECE_BYTES, CudaMemory
+from services.loader.cuda.memory import CudaMemory
 from services.loader.loaded_model import LoadedModel
 from services.loader.loading import LoadOptions, Progress, Source, Stage, load_model
 from shared.cuda_layout import fill, is_tiled, plan
 from shared.cuda_memory import CudaDevice, check, create_shared, import_readonly
 from shared.descriptors import close_all, create_memory
-from shared.digest import StoppedError, digest_of
+from shared.digest import PIECE_BYTES, StoppedError, digest_of
 from shared.errors import Reason, ServiceError
 from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf
@@ -130,8 +130,8 @@ def test_memory_is_verified_on_the_gpu(tmp_path: Path, memory: CudaMemory) -> No
         assert not memory.is_resident(descriptor, larger)
     sealed = create_memory("none", 4096)
     with pytest.raises(ValueError, match="no memory of"):
-        memory.verify(sealed, Allocation(4096, "0" * 64, 1, CHECKSUM_PIECE_BYTES), Event())
-    assert not memory.is_resident(sealed, Allocation(4096, "0" * 64, 1, CHECKSUM_PIECE_BYTES))
+        memory.verify(sealed, Allocation(4096, "0" * 64, 1, PIECE_BYTES), Event())
+    assert not memory.is_resident(sealed, Allocation(4096, "0" * 64, 1, PIECE_BYTES))
     os.close(sealed)
     model.free()
 
@@ -181,10 +181,10 @@ def check_load(tmp_path: Path, memory: CudaMemory, config: GPTConfig, type_of: C
         mapping = import_readonly(device, model.descriptors[index], allocation.num_bytes)
         assert read_back(device, mapping.address, allocation.num_bytes) == bytes(expected), f"allocation {index}"
         mapping.unmap()
-        starts = range(0, len(expected), CHECKSUM_PIECE_BYTES)
-        pieces = [hashlib.sha256(expected[start : start + CHECKSUM_PIECE_BYTES]).digest() for start in starts]
+        starts = range(0, len(expected), PIECE_BYTES)
+        pieces = [hashlib.sha256(expected[start : start + PIECE_BYTES]).digest() for start in starts]
         assert allocation.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
-        assert allocation.sha256_piece_bytes == CHECKSUM_PIECE_BYTES
+        assert allocation.sha256_piece_bytes == PIECE_BYTES
     model.free()
 
 

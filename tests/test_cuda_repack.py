@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.loader.cuda.filling import NOTHING_FOUND, refusal_of
 from services.loader.cuda.kernels import ENTRIES, SOURCES
-from services.loader.cuda.memory import NOTHING_FOUND, refusal
 from services.loader.cuda.repack import Window, repackings, window_bytes
 from shared.cuda_layout import fill, is_tiled, plan
 from shared.errors import ServiceError
@@ -105,10 +105,10 @@ def test_weights_past_the_range_of_half_are_found(tmp_path: Path, type: GGMLType
 
 def test_a_strip_fits_the_window(tmp_path: Path) -> None:
     file = read_gguf(write_model(tmp_path / "model.gguf", TINY_GPT2))
-    assert window_bytes(plan(file, TINY_GPT2), file) == 64 << 20
-    wide = replace(TINY_GPT2, num_layers=1, ffn_size=1 << 20, hidden_size=5, num_heads=5, num_kv_heads=5, head_size=1)
+    assert window_bytes(plan(file, TINY_GPT2), file) == 128 << 20
+    wide = replace(TINY_GPT2, num_layers=1, ffn_size=1 << 21, hidden_size=5, num_heads=5, num_kv_heads=5, head_size=1)
     file = read_gguf(write_model(tmp_path / "wide.gguf", wide))
-    assert window_bytes(plan(file, wide), file) == 128 << 20
+    assert window_bytes(plan(file, wide), file) == 256 << 20
 
 
 @pytest.mark.parametrize("num_bytes", [64, 1 << 14, (1 << 14) + 256, 5 * (1 << 14) + 16320])
@@ -166,7 +166,7 @@ def assert_same_refusal(path: Path, config: GPTConfig) -> str:
     file = read_gguf(path)
     planned = plan(file, config)
     _, flags = repack(file, planned, 1 << 16)
-    error = refusal(file, list(planned.tensors), flags)
+    error = refusal_of(file, list(planned.tensors), flags)
     if error is None:
         fill(planned, file, 0, memoryview(bytearray(planned.allocation_sizes[0])))
         return ""

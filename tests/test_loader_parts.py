@@ -20,7 +20,7 @@ from services.loader.loaded_model import LoadedModel
 from services.loader.loading import LoadOptions, Source, Stage, default_name, load_model
 from services.loader.store import ModelStore
 from shared.config import ServerConfig
-from shared.digest import PIECE_BYTES, StoppedError, digest_of
+from shared.digest import PIECE_BYTES, READ_BYTES, StoppedError, digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
 from shared.manifest import Allocation, Manifest
@@ -135,10 +135,10 @@ def test_names_of_files() -> None:
 
 def test_a_digest_is_over_pieces_of_each_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", {"general.architecture": "gpt2"})
-    data = path.read_bytes() + os.urandom(2 * PIECE_BYTES + 5)
+    data = path.read_bytes() + os.urandom(READ_BYTES + 2 * PIECE_BYTES + 5)
     path.write_bytes(data)
     file = read_gguf(path)
-    pieces = [hashlib.sha256(data[start : start + PIECE_BYTES]).digest() for start in (0, 4 << 20, 8 << 20)]
+    pieces = [hashlib.sha256(data[start : start + PIECE_BYTES]).digest() for start in range(0, len(data), PIECE_BYTES)]
     assert digest_of(file, (), 3, Event()) == hashlib.sha256(b"".join(pieces)).hexdigest()
     plain = hashlib.sha256(data).hexdigest()
     assert digest_of(file, (plain,), 3, Event()) == digest_of(file, (), 1, Event())

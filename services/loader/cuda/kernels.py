@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from services.loader.cuda.stream import Stream
 from shared.cuda_compile import Compiler, Module, architecture
 from shared.cuda_memory import CudaDevice, check
 from shared.ggml_type import GGMLType
@@ -55,7 +56,13 @@ class Kernels:
         self._lock = Lock()
 
     def launch(
-        self, stream: Any, module: Module, kernel: str, num_threads: int, arguments: Sequence[int], block: int = THREADS
+        self,
+        stream: Stream,
+        module: Module,
+        kernel: str,
+        num_threads: int,
+        arguments: Sequence[int],
+        block: int = THREADS,
     ) -> None:
         """Start a kernel with `num_threads` threads at least."""
         types = ENTRIES[kernel]
@@ -63,7 +70,9 @@ class Kernels:
         values = (tuple(arguments), tuple(_TYPES[letter] for letter in types))
         blocks = -(-num_threads // block)
         api = self._device.api
-        check(api.cuLaunchKernel(self._function(module, kernel), blocks, 1, 1, block, 1, 1, 0, stream, values, 0))
+        check(
+            api.cuLaunchKernel(self._function(module, kernel), blocks, 1, 1, block, 1, 1, 0, stream.handle, values, 0)
+        )
 
     def _function(self, module: Module, kernel: str) -> Any:
         with self._lock:

@@ -1,13 +1,11 @@
-"""Pieces of a model's files, in order, read and hashed by several threads ahead of whoever takes them.
+"""A model's files in spans, in order, read by several threads ahead of whoever takes them.
 
-Each piece is `PIECE_BYTES` long (the last of a file is shorter) and begins at a multiple of it, so that its SHA-256 is
-one of those that the model's digest is made of. A thread that has a free buffer takes the next piece; so the piece
-that is waited for is always being read, whatever the others do.
+Each span is `READ_BYTES` long (the last of a file is shorter) and begins at a multiple of it. A thread that has a free
+buffer takes the next span; so the span that is waited for is always being read, whatever the others do.
 """
 
 from __future__ import annotations
 
-import hashlib
 import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +13,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Event, Lock
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.digest import PIECE_BYTES, StoppedError
+from shared.digest import READ_BYTES, StoppedError
 from shared.gguf import GGUFFile, open_unchanged, read_at
+
+Buffer: TypeAlias = NDArray[np.uint8]  # (READ_BYTES,)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Bytes of a file."""
 
     file_index: int
@@ -32,39 +33,30 @@ class Piece:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class ReadPiece:
-    """A piece in a buffer, which `PieceReader.release` takes back."""
-
-    piece: Piece
-    buffer: NDArray[np.uint8]  # (PIECE_BYTES,), the first `num_bytes` of it
-    sha256: bytes
-
-
-def pieces_of(file: GGUFFile) -> Sequence[Piece]:
-    """All pieces of a model's files, in order."""
+def spans_of(file: GGUFFile) -> Sequence[Span]:
+    """All spans of a model's files, in order."""
     return [
-        Piece(index, offset, min(PIECE_BYTES, size - offset))
+        Span(index, offset, min(READ_BYTES, size - offset))
         for index, size in enumerate(file.file_sizes)
-        for offset in range(0, size, PIECE_BYTES)
+        for offset in range(0, size, READ_BYTES)
     ]
 
 
-class PieceReader:
-    """Reads all pieces of a model's files; a context manager, which ends its threads.
+class SpanReader:
+    """Reads all spans of a model's files; a context manager, which ends its threads.
 
     Args:
-        buffers: each (PIECE_BYTES,); at least one for each thread and some for whoever takes pieces.
+        buffers: each (READ_BYTES,); at least one for each thread and some for whoever takes spans.
         stop: set to give up.
     """
 
-    def __init__(self, file: GGUFFile, buffers: Sequence[NDArray[np.uint8]], num_threads: int, stop: Event) -> None:
+    def __init__(self, file: GGUFFile, buffers: Sequence[Buffer], num_threads: int, stop: Event) -> None:
         self._file = file
-        self._pieces = pieces_of(file)
+        self._spans = spans_of(file)
         self._stop = stop
-        self._futures: list[Future[ReadPiece]] = [Future() for _ in self._pieces]
-        self._free: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
-        self._next = iter(range(len(self._pieces)))
+        self._futures: list[Future[Buffer]] = [Future() for _ in self._spans]
+        self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
+        self._next = iter(range(len(self._spans)))
         self._lock = Lock()
         self._files = ExitStack()
         self._num_threads = num_threads
@@ -72,7 +64,7 @@ class PieceReader:
         for buffer in buffers:
             self._free.put(buffer)
 
-    def __enter__(self) -> PieceReader:
+    def __enter__(self) -> SpanReader:
         """
         Raises:
             ServiceError: MODEL_CHANGED if a file is not the one that was parsed.
@@ -93,11 +85,11 @@ class PieceReader:
         self._pool.shutdown(wait=True)
         self._files.close()
 
-    def __iter__(self) -> Iterator[Future[ReadPiece]]:
-        """Of each piece in order a future, which has the piece or raises what went wrong with it."""
-        return iter(self._futures)
+    def __iter__(self) -> Iterator[tuple[Span, Future[Buffer]]]:
+        """Of each span in order a future, which has the buffer that it begins in or raises what went wrong with it."""
+        return zip(self._spans, self._futures, strict=True)
 
-    def release(self, buffer: NDArray[np.uint8]) -> None:
+    def release(self, buffer: Buffer) -> None:
         """Nobody needs what is in a buffer any more."""
         self._free.put(buffer)
 
@@ -109,15 +101,14 @@ class PieceReader:
             if buffer is None or index is None:
                 return
             try:
-                self._futures[index].set_result(self._read(self._pieces[index], buffer))
+                self._futures[index].set_result(self._read(self._spans[index], buffer))
             except BaseException as error:
                 self._futures[index].set_exception(error)
                 return
 
-    def _read(self, piece: Piece, buffer: NDArray[np.uint8]) -> ReadPiece:
+    def _read(self, span: Span, buffer: Buffer) -> Buffer:
         if self._stop.is_set():
             raise StoppedError
-        descriptor = self._descriptors[piece.file_index]
-        target = buffer.data[: piece.num_bytes]
-        read_at(self._file, piece.file_index, descriptor, target, piece.offset)
-        return ReadPiece(piece, buffer, hashlib.sha256(target).digest())
+        descriptor = self._descriptors[span.file_index]
+        read_at(self._file, span.file_index, descriptor, buffer.data[: span.num_bytes], span.offset)
+        return buffer

@@ -1,6 +1,6 @@
 """A tensor's way from the file's blocks to the planes of layout "cuda.v1", as kernel launches for the bytes that came.
 
-The bytes of a model's files form a stream: each file begins at a multiple of `PIECE_BYTES`, one after another. What has
+The bytes of a model's files form a stream: each file begins at a multiple of `READ_BYTES`, one after another. What has
 come of it last lies in a window on the GPU, byte p at p modulo the window's size, a power of two. As soon as the whole
 rows of some strips lie there they are repacked; so a tensor may be larger than the window, a strip may not.
 """
@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.cuda_layout import FAMILIES, STRIP_ROWS, family_of, is_paired
-from shared.digest import PIECE_BYTES
+from shared.digest import READ_BYTES
 from shared.ggml_type import GGMLType
 from shared.gguf import GGUFFile, TensorInfo
 from shared.layout import Plan, round_up
 from shared.manifest import Tensor
 
-MIN_WINDOW_BYTES = 64 << 20
+MIN_WINDOW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Window:
     """The last bytes of the stream."""
 
     address: int
-    num_bytes: int  # a power of two, and a multiple of PIECE_BYTES
+    num_bytes: int  # a power of two, and a multiple of READ_BYTES
 
     def place(self, position: int) -> int:
         """The address of a byte of the stream."""
@@ -43,9 +43,9 @@ class Window:
 
 
 def window_bytes(plan: Plan, file: GGUFFile) -> int:
-    """The size of a window in which every strip of every tensor has room, with a piece before and one behind it."""
+    """The size of a window in which every strip has room, with what is read at once before and behind it."""
     strips = [_strip_bytes(tensor, file.tensors[tensor.name]) for tensor in plan.tensors.values()]
-    needed = max(MIN_WINDOW_BYTES, max(strips) + 3 * PIECE_BYTES)
+    needed = max(MIN_WINDOW_BYTES, max(strips) + 3 * READ_BYTES)
     return 1 << (needed - 1).bit_length()
 
 
@@ -53,7 +53,7 @@ def file_starts(file: GGUFFile) -> Sequence[int]:
     """Of each file, where in the stream it begins."""
     starts = [0]
     for size in file.file_sizes[:-1]:
-        starts.append(starts[-1] + round_up(size, PIECE_BYTES))
+        starts.append(starts[-1] + round_up(size, READ_BYTES))
     return starts
 
 
