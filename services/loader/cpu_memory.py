@@ -19,6 +19,7 @@ from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import FLOAT32_BUDGET, Plan, fill, plan
 from shared.manifest import WHOLE, Allocation
+from shared.phases import Phases
 
 WORKING_BYTES = 64 << 20  # of each thread beside the tensor that it reads: decoded rows, checks
 
@@ -46,16 +47,24 @@ class CpuMemory:
         host_memory.require_free(planned.num_bytes + _working_bytes(planned, file, self.num_threads), what)
 
     def fill(
-        self, planned: Plan, file: GGUFFile, pins: Sequence[str], count: Callable[[int], None], stop: Event
+        self,
+        planned: Plan,
+        file: GGUFFile,
+        pins: Sequence[str],
+        count: Callable[[int], None],
+        stop: Event,
+        phases: Phases,
     ) -> Filled:
         filling = _Filling(planned, file, count, stop)
         with FileHashes(file, pins, self.num_threads, stop) as hashes:
             checksums = filling.run(self.num_threads)
+            phases.lap("fill")
             try:
                 digest = hashes.result()
             except BaseException:
                 close_all(filling.descriptors)
                 raise
+            phases.lap("hash")
         return Filled(filling.descriptors, checksums, WHOLE, digest)
 
     def verify(self, descriptor: int, allocation: Allocation, stop: Event) -> None:

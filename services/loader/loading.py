@@ -25,6 +25,7 @@ from shared.gguf import GGUFFile, read_gguf
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation, Manifest
+from shared.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +106,20 @@ def load_model(
         StoppedError: if the stop was set.
     """
     report(Progress(Stage.PARSE))
+    phases = Phases()
     file, config, planned = plan_model(source.path, options)
     require_pin_count(source.sha256, file)
+    phases.lap("parse")
     counter = _Counter(planned, file, report, stop)
     with TokenizerCheck(file) as check:  # so that a model with a broken tokenizer is not served
         options.memory.require_free(planned, file, f"model {source.name!r}")
-        filled = options.memory.fill(planned, file, source.sha256, counter.add, stop)
+        filled = options.memory.fill(planned, file, source.sha256, counter.add, stop, phases)
         try:
             eog_token_ids = check.eog_token_ids()
         except BaseException:
             close_all(filled.descriptors)
             raise
+    phases.lap("tokenizer")
     allocations = zip(planned.allocation_sizes, filled.sha256, generations, strict=False)
     manifest = Manifest(
         model=source.name,
@@ -128,8 +132,7 @@ def load_model(
         files=tuple((str(path), size) for path, size in zip(file.paths, file.file_sizes, strict=True)),
         eog_token_ids=eog_token_ids,
     )
-    phases = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in filled.seconds.items())
-    log.info("%s: %d bytes of weights are in memory%s", source.name, counter.bytes_total, phases and f": {phases}")
+    log.info("%s: %d bytes of weights are in memory: %s", source.name, counter.bytes_total, phases)
     return LoadedModel(manifest, filled.descriptors, file)
 
 

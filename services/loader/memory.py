@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation
+from shared.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ class Filled:
     sha256: Sequence[str]  # of each allocation, as `Allocation` defines it
     sha256_piece_bytes: int
     digest: str  # of the files
-    seconds: Mapping[str, float] = field(default_factory=dict)  # that phases took, by name
 
 
 class Memory(Protocol):
@@ -54,7 +54,13 @@ class Memory(Protocol):
         """
 
     def fill(
-        self, planned: Plan, file: GGUFFile, pins: Sequence[str], count: Callable[[int], None], stop: Event
+        self,
+        planned: Plan,
+        file: GGUFFile,
+        pins: Sequence[str],
+        count: Callable[[int], None],
+        stop: Event,
+        phases: Phases,
     ) -> Filled:
         """Allocate, fill and make final, and hash the files beside it.
 
@@ -62,6 +68,7 @@ class Memory(Protocol):
             pins: the plain SHA-256 expected of each file, in order; empty to expect nothing.
             count: called with the number of file bytes that are placed, from any thread; may raise StoppedError.
             stop: set by another thread to give up; set here when one of several threads fails.
+            phases: of the load, which this adds its own to.
 
         Raises:
             ServiceError: for weights that can't be served, files that have changed or miss their pins, or memory that

@@ -9,7 +9,6 @@ weights, whatever the model (docs/decisions/022-loading-into-vram.md).
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,6 +32,7 @@ from shared.gguf import GGUFFile, check_unchanged
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan, round_up
 from shared.manifest import Allocation
+from shared.phases import Phases
 
 SPARE_BUFFERS = 8  # page-locked, of READ_BYTES, beside one for each thread that reads
 
@@ -81,11 +81,16 @@ class CudaMemory:
             )
 
     def fill(
-        self, planned: Plan, file: GGUFFile, pins: Sequence[str], count: Callable[[int], None], stop: Event
+        self,
+        planned: Plan,
+        file: GGUFFile,
+        pins: Sequence[str],
+        count: Callable[[int], None],
+        stop: Event,
+        phases: Phases,
     ) -> Filled:
         self._device.use()
         descriptors: list[int] = []
-        seconds = _Seconds()
         try:
             with ExitStack() as stack:
                 pool = stack.enter_context(ThreadPoolExecutor(max(1, len(pins)), "pin"))
@@ -94,12 +99,12 @@ class CudaMemory:
                 addresses = self._allocate(planned, descriptors, stack)
                 stream = stack.enter_context(Stream(self._device))
                 filling = Filling(self._kernels, stream, planned, file, addresses)
-                seconds.lap("allocate")
+                phases.lap("allocate")
                 buffers = [stream.pin(READ_BYTES) for _ in range(self._num_threads + SPARE_BUFFERS)]
-                seconds.lap("pin")
+                phases.lap("pin")
                 with SpanReader(file, buffers, self._num_threads, stop) as reader:
                     filling.run(reader, [stream.event() for _ in buffers], count)
-                seconds.lap("read, copy, repack and hash")
+                phases.lap("read, copy, repack and hash")
                 refusal = filling.refusal()
                 if refusal is not None:
                     raise refusal
@@ -107,11 +112,11 @@ class CudaMemory:
                 for check in checks:
                     check.result()
                 check_unchanged(file)
-                seconds.lap("check")
+                phases.lap("check")
         except BaseException:
             close_all(descriptors)
             raise
-        return Filled(tuple(descriptors), checksums, PIECE_BYTES, digest, seconds.laps)
+        return Filled(tuple(descriptors), checksums, PIECE_BYTES, digest)
 
     def verify(self, descriptor: int, allocation: Allocation, stop: Event) -> None:
         if allocation.sha256_piece_bytes != PIECE_BYTES:
@@ -155,15 +160,3 @@ class CudaMemory:
             stack.callback(mapping.unmap)
             addresses[index] = mapping.address
         return addresses
-
-
-class _Seconds:
-    """How long the phases of a load take."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
