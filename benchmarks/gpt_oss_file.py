@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -16,17 +16,19 @@ from shared.cuda_layout import is_tiled
 from shared.ggml_type import GGMLType
 from shared.gguf import TensorInfo, read_gguf
 from shared.gpt_config import GPTConfig
+from shared.layout import round_up
 from shared.quants import CODECS
 
 TEMPLATE_BYTES = 64 << 20  # of random blocks of each type, which are written again and again, each time from elsewhere
 PIECE_BYTES = 16 << 20
 NUM_WRITERS = 8
+ALIGNMENT = 32  # of tensors in the file
 
 
 def write_file(path: Path, config: GPTConfig) -> int:
     """Write the file; returns its size in bytes."""
     _write_header(path, config)
-    tensors = read_gguf_header(path, config)
+    tensors = read_gguf(path).tensors.values()
     random = np.random.default_rng(0)
     templates = {type: _template(random, type) for type in sorted({info.type for info in tensors})}
 
@@ -45,13 +47,6 @@ def write_file(path: Path, config: GPTConfig) -> int:
             for start in range(0, info.num_bytes, step):
                 pool.submit(write, info, start, next(shifts))
     return path.stat().st_size
-
-
-def read_gguf_header(path: Path, config: GPTConfig) -> list[TensorInfo]:
-    """The tensors of a file that has room for them."""
-    tensors = read_gguf(path).tensors
-    assert tensors.keys() == config.expected_tensors().keys()
-    return list(tensors.values())
 
 
 def type_of(name: str) -> GGMLType:
@@ -74,41 +69,50 @@ def vocabulary(num_tokens: int) -> tuple[list[str], list[str]]:
 
 
 def _write_header(path: Path, config: GPTConfig) -> None:
-    from tests.tiny_models import add_value, model_metadata
-
+    """Everything but the weights, for which there is room."""
+    assert config.rope is not None
     writer = gguf.GGUFWriter(path, config.architecture)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_expert_feed_forward_length(config.ffn_size)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_used)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_layer_norm_rms_eps(config.norm_epsilon)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(config.rope.factor)
+    writer.add_rope_scaling_orig_ctx_len(config.rope.original_context_length)
     tokens, merges = vocabulary(config.vocab_size)
-    values: dict[str, Any] = {
-        **model_metadata(config),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-4o",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * len(tokens),
-        "tokenizer.ggml.eos_token_id": config.vocab_size - 1,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}",
-    }
-    for key, value in values.items():
-        add_value(writer, key, value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-4o")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(config.vocab_size - 1)
+    writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    num_bytes = 0
     for name, shape in config.expected_tensors().items():
         type = type_of(name)
-        num_bytes = int(np.prod(shape[:-1])) * type.row_bytes(shape[-1])
-        # Shapes of quantised tensors are given in bytes.
-        stored = (*shape[:-1], type.row_bytes(shape[-1])) if type != GGMLType.F32 else shape
-        dtype = np.dtype(np.float32 if type == GGMLType.F32 else np.uint8)
-        raw = None if type == GGMLType.F32 else gguf.GGMLQuantizationType(int(type))
-        writer.add_tensor_info(name, stored, dtype, num_bytes, raw)
+        size = math.prod(shape[:-1]) * type.row_bytes(shape[-1])
+        if type == GGMLType.F32:
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+        else:  # whose shapes are given in bytes
+            stored = (*shape[:-1], type.row_bytes(shape[-1]))
+            writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, gguf.GGMLQuantizationType(int(type)))
+        num_bytes += round_up(size, ALIGNMENT)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    # What the last tensor's padding would end at; the header alone is no sound file.
-    start = -(-path.stat().st_size // 32) * 32
-    sizes = (
-        -(-int(np.prod(shape[:-1])) * type_of(name).row_bytes(shape[-1]) // 32) * 32
-        for name, shape in config.expected_tensors().items()
-    )
-    os.truncate(path, start + sum(sizes))
+    os.truncate(path, round_up(path.stat().st_size, ALIGNMENT) + num_bytes)
 
 
 def _template(random: np.random.Generator, type: GGMLType) -> NDArray[np.uint8]:

@@ -107,15 +107,16 @@ def load_model(
     """
     report(Progress(Stage.PARSE))
     phases = Phases()
-    file, config, planned = plan_model(source.path, options)
-    require_pin_count(source.sha256, file)
-    phases.lap("parse")
-    counter = _Counter(planned, file, report, stop)
-    with TokenizerCheck(file) as check:  # so that a model with a broken tokenizer is not served
+    _require_below(options.model_root, source.path)
+    with TokenizerCheck(source.path) as check:  # so that a model with a broken tokenizer is not served
+        file, config, planned = plan_model(source.path, options)
+        require_pin_count(source.sha256, file)
         options.memory.require_free(planned, file, f"model {source.name!r}")
+        counter = _Counter(planned, file, report, stop)
+        phases.lap("parse")
         filled = options.memory.fill(planned, file, source.sha256, counter.add, stop, phases)
         try:
-            eog_token_ids = check.eog_token_ids()
+            eog_token_ids = check.eog_token_ids(file)
         except BaseException:
             close_all(filled.descriptors)
             raise

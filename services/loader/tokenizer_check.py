@@ -16,23 +16,16 @@ from shared.errors import Reason, ServiceError
 from shared.gguf import GGUFFile, read_gguf
 from shared.tokenizer_data import tokenizer_data_from_gguf
 
-MAX_HEADER_BYTES = 1 << 20  # of a file whose tokenizer is checked on the spot, in some milliseconds
+MIN_FILE_BYTES = 256 << 20  # of a file that is worth a process
 
 
 class TokenizerCheck:
-    """The check of one file, begun now; a context manager, which ends it.
+    """The check of one file, begun now if the file is large; a context manager, which ends it."""
 
-    Raises:
-        ServiceError: as `tokenizer_data_from_gguf`, here or in `eog_token_ids`.
-    """
-
-    def __init__(self, file: GGUFFile) -> None:
-        self._ids: tuple[int, ...] = ()
+    def __init__(self, path: Path) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        if file.data_starts[0] <= MAX_HEADER_BYTES:
-            self._ids = _check(file)
-        else:
-            command = [sys.executable, "-m", "services.loader.tokenizer_check", str(file.paths[0])]
+        if path.is_file() and path.stat().st_size >= MIN_FILE_BYTES:
+            command = [sys.executable, "-m", "services.loader.tokenizer_check", str(path)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
     def __enter__(self) -> TokenizerCheck:
@@ -45,18 +38,22 @@ class TokenizerCheck:
             self._process.kill()
             self._process.communicate()
 
-    def eog_token_ids(self) -> tuple[int, ...]:
-        """The ids that end generation, ascending; none where the file has no tokenizer. Waits for the check."""
-        if self._process is not None:
-            answer, _ = self._process.communicate()
-            if self._process.returncode != 0:
-                raise ServiceError(Reason.INTERNAL, "the process that checks tokenizers has ended; the log says why")
-            self._process = None
-            found = pickle.loads(answer)  # from our own process
-            if isinstance(found, ServiceError):
-                raise found
-            self._ids = found
-        return self._ids
+    def eog_token_ids(self, file: GGUFFile) -> tuple[int, ...]:
+        """The ids that end generation, ascending; none where the file has no tokenizer. Waits for the check.
+
+        Raises:
+            ServiceError: as `tokenizer_data_from_gguf`.
+        """
+        if self._process is None:
+            return _check(file)
+        answer, _ = self._process.communicate()
+        code, self._process = self._process.returncode, None
+        if code != 0:
+            raise ServiceError(Reason.INTERNAL, "the process that checks tokenizers has failed; the log says why")
+        found = pickle.loads(answer)  # from our own process
+        if isinstance(found, ServiceError):
+            raise found
+        return tuple(found)
 
 
 def _check(file: GGUFFile) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,17 +82,20 @@ class Filling:
         self._stream.download(self._found, found)
         return refusal_of(self._file, list(self._plan.tensors), found)
 
-    def checksums(self) -> list[str]:
-        """Of each allocation the SHA-256 over the SHA-256s of its pieces."""
+    def hashes(self) -> tuple[list[str], str]:
+        """Of each allocation the SHA-256 over the SHA-256s of its pieces; and the files' digest."""
         ends = np.cumsum([num_digest_bytes(size) for size in self._plan.allocation_sizes])
-        hashes = np.empty(int(ends[-1]), np.uint8)
-        self._stream.download(self._digests, hashes)
-        return [hashlib.sha256(part.data).hexdigest() for part in np.split(hashes, ends[:-1])]
+        of_allocations = np.empty(int(ends[-1]), np.uint8)
+        of_files = np.empty(num_digest_bytes(_stream_bytes(self._file)), np.uint8)
+        self._stream.download(self._digests, of_allocations)
+        self._stream.download(self._file_digests, of_files)
+        with ThreadPoolExecutor(1, "digest") as pool:
+            digest = pool.submit(self._digest, of_files)
+            parts = np.split(of_allocations, ends[:-1])
+            return [hashlib.sha256(part.data).hexdigest() for part in parts], digest.result()
 
-    def digest(self) -> str:
-        """Of the files: the last piece of each, which may be shorter, is hashed here."""
-        hashes = np.empty(num_digest_bytes(_stream_bytes(self._file)), np.uint8)
-        self._stream.download(self._file_digests, hashes)
+    def _digest(self, hashes: NDArray[np.uint8]) -> str:
+        """The last piece of each file, which may be shorter, is hashed here."""
         parts: list[bytes | memoryview] = []
         for index, (start, size) in enumerate(zip(self._starts, self._file.file_sizes, strict=True)):
             first, num_whole = start // PIECE_BYTES, size // PIECE_BYTES

@@ -21,7 +21,7 @@ from services.loader.cuda.filling import Filling, scratch_bytes
 from services.loader.cuda.hashing import hash_on_gpu, num_digest_bytes
 from services.loader.cuda.kernels import Kernels
 from services.loader.cuda.reading import SpanReader
-from services.loader.cuda.stream import Stream
+from services.loader.cuda.stream import Stream, pin
 from services.loader.memory import Filled
 from shared import cuda_layout
 from shared.cuda_memory import CudaDevice, create_shared, granularity, import_readonly, is_device_memory
@@ -53,6 +53,9 @@ class CudaMemory:
         self._device = CudaDevice(index)
         self._kernels = Kernels(self._device, cache)
         self._num_threads = num_threads
+        # Once, as it takes longer than to read what they hold; models are loaded one after another.
+        pinned = pin(self._device, (num_threads + SPARE_BUFFERS) * READ_BYTES)
+        self._buffers = np.split(pinned, num_threads + SPARE_BUFFERS)
         self.device = self._device.name
         self.driver_version = self._device.driver_version
         self.compute_capability = "{}.{}".format(*self._device.capability)
@@ -100,15 +103,13 @@ class CudaMemory:
                 stream = stack.enter_context(Stream(self._device))
                 filling = Filling(self._kernels, stream, planned, file, addresses)
                 phases.lap("allocate")
-                buffers = [stream.pin(READ_BYTES) for _ in range(self._num_threads + SPARE_BUFFERS)]
-                phases.lap("pin")
-                with SpanReader(file, buffers, self._num_threads, stop) as reader:
-                    filling.run(reader, [stream.event() for _ in buffers], count)
+                with SpanReader(file, self._buffers, self._num_threads, stop) as reader:
+                    filling.run(reader, [stream.event() for _ in self._buffers], count)
                 phases.lap("read, copy, repack and hash")
                 refusal = filling.refusal()
                 if refusal is not None:
                     raise refusal
-                checksums, digest = filling.checksums(), filling.digest()
+                checksums, digest = filling.hashes()
                 for check in checks:
                     check.result()
                 check_unchanged(file)

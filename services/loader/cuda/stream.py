@@ -1,4 +1,4 @@
-"""A stream of copies and kernels on a GPU, and the page-locked memory that it copies from.
+"""A stream of copies and kernels on a GPU, and page-locked memory to copy from.
 
 By cuda-bindings, not PyCUDA: what is made here is freed by name in whatever thread a load ends, also when an exception
 still holds its frames.
@@ -28,7 +28,6 @@ class Stream:
         self.handle = check(self._api.cuStreamCreate(self._api.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self._events: list[Any] = []
         self._allocations: list[int] = []
-        self._pinned: list[int] = []
 
     def __enter__(self) -> Stream:
         return self
@@ -40,8 +39,6 @@ class Stream:
         api.cuStreamSynchronize(self.handle)  # an error of a kernel has been raised by `synchronize`
         for event in self._events:
             api.cuEventDestroy(event)
-        for address in self._pinned:
-            api.cuMemFreeHost(address)
         for address in self._allocations:
             api.cuMemFree(address)
         api.cuStreamDestroy(self.handle)
@@ -55,12 +52,6 @@ class Stream:
         address = int(check(self._api.cuMemAlloc(num_bytes), num_bytes=num_bytes))
         self._allocations.append(address)
         return address
-
-    def pin(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Page-locked memory of the host, (num_bytes,)."""
-        address = int(check(self._api.cuMemHostAlloc(num_bytes, 0), num_bytes=num_bytes))
-        self._pinned.append(address)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
     def clear(self, address: int, num_bytes: int, value: int = 0) -> None:
         """Set bytes of the GPU's memory."""
@@ -89,6 +80,12 @@ class Stream:
             ServiceError: INTERNAL if a kernel has failed.
         """
         check(self._api.cuStreamSynchronize(self.handle))
+
+
+def pin(device: CudaDevice, num_bytes: int) -> NDArray[np.uint8]:
+    """Page-locked memory of the host, (num_bytes,), for as long as this process lives."""
+    address = int(check(device.api.cuMemHostAlloc(num_bytes, 0), num_bytes=num_bytes))
+    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
 
 class Event:
