@@ -24,6 +24,10 @@ $(VENV)/.installed-peers: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@touch $@
 
+$(VENV)/.installed-cuda: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda,dev]'
+	@touch $@
+
 install: $(VENV)/.installed  ## Make .venv and install mxgpt into it
 
 demo: $(VENV)/.installed  ## Serve the demo model and stream answers to a few prompts
@@ -57,6 +61,13 @@ protos: $(VENV)/.installed-dev  ## Generate mxgpt/v1 from protos/
 
 bench: $(VENV)/.installed-peers  ## Measure the CPU backend beside llama.cpp
 	$(BIN)/python -m benchmarks.bench_cpu
+
+test-gpu: $(VENV)/.installed-cuda  ## The tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -n 0 tests/test_cuda_*.py
+
+bench-gpu: $(VENV)/.installed-cuda  ## Measure kernels, steps and loading on a GPU, with gpt-oss-20b's shape
+	$(BIN)/python -m benchmarks.bench_cuda
+	$(BIN)/python -m benchmarks.bench_load_cuda
 
 goldens:  ## Make the golden logits again with Hugging Face transformers, in an environment of its own
 	$(PYTHON) -m venv $(GOLDENS)

@@ -18,13 +18,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from services.executor.cuda.compile import Module
 from services.executor.cuda.device import Device
 from services.executor.cuda.kv import lay_out, pack
 from services.executor.cuda.ops import item_tokens
 from services.executor.cuda.runner import CudaRunner
 from services.executor.cuda.weights import CudaWeights
 from services.executor.step import SequenceSlice, StepBatch
+from shared.cuda_compile import Module
 from shared.cuda_layout import is_tiled, plan
 from shared.ggml_type import GGMLType
 from shared.gpt_config import GPTConfig, RopeConfig

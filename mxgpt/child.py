@@ -39,6 +39,12 @@ class Child:
         self._reading: asyncio.Task[None] | None = None
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
+    @property
+    def process_id(self) -> int:
+        """Of the process that runs now, or ran last."""
+        assert self._process is not None
+        return self._process.pid
+
     async def start(self) -> None:
         """Start it, or start it again."""
         interpreter = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid())]

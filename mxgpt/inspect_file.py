@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from shared import cuda_layout
+from shared.cuda_estimate import CudaEstimate, estimate_cuda, kv_bytes
 from shared.errors import ServiceError
 from shared.gguf import GGUFFile, StringArray, check_unchanged, read_gguf, read_tensor
 from shared.gpt_config import GPTConfig
@@ -20,6 +22,8 @@ from shared.tokenizer_data import TokenizerData, tokenizer_data_from_gguf
 
 T = TypeVar("T")
 
+CONTEXTS = (2048, 8192, 32768)  # tokens, for the table of a GPU's memory
+NUMBERS_OF_SEQUENCES = (1, 8, 64)
 MAX_TEXT = 60  # characters of a metadata value that are shown
 
 
@@ -48,6 +52,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class CudaMemory:
+    """What the model takes of a GPU with one executor, by context and number of sequences at once."""
+
+    estimate: CudaEstimate
+    totals: tuple[tuple[int, int, int], ...]  # (tokens of context, sequences, bytes in all)
+
+
+@dataclass(frozen=True)
 class Inspection:
     """All that was found. `problems` is empty for a file that can be served."""
 
@@ -59,6 +71,7 @@ class Inspection:
     config: GPTConfig | None
     tokenizer: TokenizerData | None
     memory: Memory | None
+    cuda_memory: CudaMemory | None
     weights_were_read: bool
     problems: tuple[str, ...]
 
@@ -101,6 +114,7 @@ def inspect_file(
         config=config,
         tokenizer=tokenizer,
         memory=None if config is None else _memory(gguf, config, context or config.context_length, num_sequences),
+        cuda_memory=None if config is None else _cuda_memory(gguf, config, context, num_sequences),
         weights_were_read=read_weights,
         problems=tuple(problems),
     )
@@ -148,6 +162,19 @@ def _count_types(gguf: GGUFFile) -> tuple[TypeCount, ...]:
 def _memory(gguf: GGUFFile, config: GPTConfig, context: int, num_sequences: int) -> Memory:
     weights = plan(gguf, config)
     return Memory(weights.layout, context, num_sequences, estimate_memory(config, weights, context, num_sequences))
+
+
+def _cuda_memory(gguf: GGUFFile, config: GPTConfig, context: int | None, num_sequences: int) -> CudaMemory:
+    """For the context asked for, or for some of which each is four times the last; likewise for the sequences."""
+    estimate = estimate_cuda(config, cuda_layout.plan(gguf, config))
+    contexts = [context] if context else [length for length in CONTEXTS if length < config.context_length]
+    if not context:
+        contexts.append(config.context_length)
+    numbers = sorted({num_sequences, *NUMBERS_OF_SEQUENCES})
+    totals = tuple(
+        (length, number, estimate.total(kv_bytes(config, length, number))) for length in contexts for number in numbers
+    )
+    return CudaMemory(estimate, totals)
 
 
 def _shorten(value: object) -> str:

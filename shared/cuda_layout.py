@@ -167,7 +167,7 @@ def place(
         targets[0].reshape(len(blocks), -1)[...] = dequantize(blocks, type)
         return
     family = family_of(tensor)
-    num_upper = 1 if _is_paired(tensor.name) else 2
+    num_upper = 1 if is_paired(tensor.name) else 2
     rows = tensor.shape[-2]
     matrices = [target.reshape(-1, *target.shape) if len(tensor.shape) == 2 else target for target in targets]
     for index in range(len(blocks) // rows):
@@ -181,6 +181,11 @@ def place(
 def is_tiled(name: str) -> bool:
     """Whether the tensor of this name lies in tiles rather than as float32 values."""
     return is_matrix(name) and not name.endswith("ffn_gate_inp.weight")
+
+
+def is_paired(name: str) -> bool:
+    """Whether the tensor of this name shares its strips with another one, eight rows each."""
+    return name.endswith(("ffn_gate_exps.weight", "ffn_up_exps.weight"))
 
 
 def split(blocks: NDArray[np.uint8], type: GGMLType, family: Family) -> Mapping[str, Array]:
@@ -283,10 +288,6 @@ def _beside_each_other(name: str) -> Sequence[str]:
     return [f"{blk}.{layer}.{member}" for member in group]
 
 
-def _is_paired(name: str) -> bool:
-    return name.endswith(("ffn_gate_exps.weight", "ffn_up_exps.weight"))
-
-
 def _vector_planes(infos: Sequence[TensorInfo], allocation: int, offset: int) -> tuple[list[list[Plane]], int]:
     """Float32 arrays one after another."""
     planes = []
@@ -345,7 +346,10 @@ def _refuse_large(name: str, values: Array, family: Family) -> None:
         values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     largest = float(np.abs(values).max())
     if largest > MAX_HALF:
-        raise ServiceError(
-            Reason.MODEL_INVALID,
-            f"tensor {name!r} holds {largest:g}; products on the GPU take weights up to {MAX_HALF:g}.",
-        )
+        raise too_large(name, largest)
+
+
+def too_large(name: str, largest: float) -> ServiceError:
+    """The error (to be raised) for a weight past the range in which products run."""
+    why = f"tensor {name!r} holds {largest:g}; products on the GPU take weights up to {MAX_HALF:g}."
+    return ServiceError(Reason.MODEL_INVALID, why)

@@ -11,9 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shared.errors import Reason, ServiceError
 from shared.layout import round_up
 
@@ -96,6 +93,12 @@ class CudaDevice:
         free, _ = check(self.api.cuMemGetInfo())
         return int(free)
 
+    def used_bytes(self) -> int:
+        """Of all processes together."""
+        self.use()
+        free, total = check(self.api.cuMemGetInfo())
+        return int(total) - int(free)
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -158,14 +161,21 @@ def import_readonly(device: CudaDevice, descriptor: int, num_bytes: int) -> Mapp
         check(api.cuMemRelease(handle))
 
 
-def copy_to_device(device: CudaDevice, address: int, values: NDArray[np.uint8]) -> None:
-    """Copy bytes of the host, (n,) and contiguous, to the GPU; complete when this returns."""
-    check(device.api.cuMemcpyHtoD(address, values.ctypes.data, values.nbytes))
-
-
-def copy_from_device(device: CudaDevice, address: int, out: NDArray[np.uint8]) -> None:
-    """Copy bytes of the GPU to the host's, (n,) and contiguous."""
-    check(device.api.cuMemcpyDtoH(out.ctypes.data, address, out.nbytes))
+def is_device_memory(device: CudaDevice, address: int, num_bytes: int) -> bool:
+    """Whether an address is of this GPU's own memory, mapped, with so many bytes from it on: by its attributes."""
+    api = device.api
+    names = api.CUpointer_attribute
+    kind, ordinal, start, size = (
+        int(check(api.cuPointerGetAttribute(name, address)))
+        for name in (
+            names.CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+            names.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+            names.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+            names.CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+        )
+    )
+    is_device = kind == int(api.CUmemorytype.CU_MEMORYTYPE_DEVICE)
+    return is_device and ordinal == device.index and address + num_bytes <= start + size
 
 
 def check(result: tuple[Any, ...], num_bytes: int = 0) -> Any:

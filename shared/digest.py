@@ -1,10 +1,14 @@
-"""A model's identity: SHA-256 over the SHA-256s of its files' 4 MiB pieces, which many threads can compute."""
+"""A model's identity: SHA-256 over the SHA-256s of its files' 16 KiB pieces, which many threads can compute.
+
+The pieces are so small that a GPU has a thread for each (services/loader/cuda/kernels/sha256.cu): sixteen cores hash
+10 GB/s, a fifth of what they read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -13,7 +17,8 @@ from threading import Event
 from shared.errors import Reason, ServiceError
 from shared.gguf import GGUFFile, check_unchanged
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 16 << 10
+READ_BYTES = 4 << 20  # read at once, a whole number of pieces
 
 
 class StoppedError(Exception):
@@ -35,12 +40,12 @@ class FileHashes:
         self._pool = ThreadPoolExecutor(num_threads, "hash")
         # A pin is one hash over a whole file, sequential by nature, so it starts first.
         self._pins = [
-            self._pool.submit(_check_pin, path, pin, stop) for path, pin in zip(file.paths, pins, strict=False)
+            self._pool.submit(check_pin, path, pin, stop) for path, pin in zip(file.paths, pins, strict=False)
         ]
         self._pieces = [
-            self._pool.submit(_hash_piece, path, offset, min(PIECE_BYTES, size - offset), stop)
+            self._pool.submit(_hash_range, path, offset, min(READ_BYTES, size - offset), stop)
             for path, size in zip(file.paths, file.file_sizes, strict=True)
-            for offset in range(0, size, PIECE_BYTES)
+            for offset in range(0, size, READ_BYTES)
         ]
 
     def __enter__(self) -> FileHashes:
@@ -58,11 +63,9 @@ class FileHashes:
         """
         for pin in self._pins:
             pin.result()
-        whole = hashlib.sha256()
-        for piece in self._pieces:
-            whole.update(piece.result())
+        digest = digest_of_pieces(piece.result() for piece in self._pieces)
         check_unchanged(self._file)
-        return whole.hexdigest()
+        return digest
 
 
 def digest_of(file: GGUFFile, pins: Sequence[str], num_threads: int, stop: Event) -> str:
@@ -71,30 +74,46 @@ def digest_of(file: GGUFFile, pins: Sequence[str], num_threads: int, stop: Event
         return hashes.result()
 
 
-def _hash_piece(path: Path, offset: int, num_bytes: int, stop: Event) -> bytes:
-    if stop.is_set():
-        raise StoppedError
-    hasher = hashlib.sha256()
-    with _open(path) as file:
-        num_read = 0
-        while num_read < num_bytes:
-            data = os.pread(file.fileno(), num_bytes - num_read, offset + num_read)
-            if not data:
-                raise _changed(path, "has shrunk while it was read")
-            hasher.update(data)
-            num_read += len(data)
-    return hasher.digest()
+def digest_of_pieces(hashes: Iterable[bytes | memoryview]) -> str:
+    """The digest of files of whose pieces these are the SHA-256s, in order, any number of them in one."""
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
-def _check_pin(path: Path, pin: str, stop: Event) -> None:
+def hash_pieces(data: memoryview) -> bytes:
+    """The SHA-256s of the pieces of bytes that begin at a piece's beginning."""
+    starts = range(0, data.nbytes, PIECE_BYTES)
+    return b"".join(hashlib.sha256(data[start : start + PIECE_BYTES]).digest() for start in starts)
+
+
+def check_pin(path: Path, pin: str, stop: Event) -> None:
+    """Read a file, and refuse it unless it has this plain SHA-256.
+
+    Raises:
+        ServiceError: MODEL_CHANGED.
+        StoppedError: if the stop was set.
+    """
     hasher = hashlib.sha256()
     with _open(path) as file:
-        while data := file.read(PIECE_BYTES):
+        while data := file.read(READ_BYTES):
             if stop.is_set():
                 raise StoppedError
             hasher.update(data)
     if hasher.hexdigest() != pin:
         raise _changed(path, f"has SHA-256 {hasher.hexdigest()}, not {pin} as pinned")
+
+
+def _hash_range(path: Path, offset: int, num_bytes: int, stop: Event) -> bytes:
+    if stop.is_set():
+        raise StoppedError
+    data = memoryview(bytearray(num_bytes))
+    with _open(path) as file:
+        num_read = 0
+        while num_read < num_bytes:
+            count = os.preadv(file.fileno(), [data[num_read:]], offset + num_read)
+            if not count:
+                raise _changed(path, "has shrunk while it was read")
+            num_read += count
+    return hash_pieces(data)
 
 
 def _open(path: Path) -> FileIO:

@@ -35,6 +35,8 @@ __all__ = [
     "TensorInfo",
     "Value",
     "check_unchanged",
+    "open_unchanged",
+    "read_at",
     "read_gguf",
     "read_tensor",
 ]
@@ -113,22 +115,45 @@ def read_tensor(file: GGUFFile, info: TensorInfo) -> npt.NDArray[np.uint8]:
     Raises:
         ServiceError: MODEL_CHANGED if the file is not the one that was parsed, MODEL_INVALID if it can't be read.
     """
-    path = file.paths[info.file_index]
     data = np.empty(info.num_bytes, np.uint8)
-    with _open_regular(path) as (descriptor, stamp):
-        if stamp != file.stamps[info.file_index]:
-            raise _changed(path)
-        num_read = 0
-        while num_read < info.num_bytes:
-            try:
-                count = os.preadv(descriptor, [data.data[num_read:]], info.offset + num_read)
-            except OSError as error:
-                why = f"{path}: byte {info.offset + num_read}: reading {info.name} failed: {error.strerror}."
-                raise ServiceError(Reason.MODEL_INVALID, why) from None
-            if count == 0:
-                raise _changed(path)
-            num_read += count
+    with open_unchanged(file, info.file_index) as descriptor:
+        read_at(file, info.file_index, descriptor, data.data, info.offset, info.name)
     return data
+
+
+@contextlib.contextmanager
+def open_unchanged(file: GGUFFile, index: int) -> Iterator[int]:
+    """A descriptor of a model's file, for `read_at`.
+
+    Raises:
+        ServiceError: MODEL_CHANGED if it is not the one that was parsed.
+    """
+    path = file.paths[index]
+    with _open_regular(path) as (descriptor, stamp):
+        if stamp != file.stamps[index]:
+            raise _changed(path)
+        yield descriptor
+
+
+def read_at(
+    file: GGUFFile, index: int, descriptor: int, out: memoryview, offset: int, what: str = "its contents"
+) -> None:
+    """Fill `out` with the bytes of a file from `offset` on.
+
+    Raises:
+        ServiceError: MODEL_CHANGED if there are fewer, MODEL_INVALID if they can't be read, naming `what` they are.
+    """
+    path = file.paths[index]
+    num_read = 0
+    while num_read < out.nbytes:
+        try:
+            count = os.preadv(descriptor, [out[num_read:]], offset + num_read)
+        except OSError as error:
+            why = f"{path}: byte {offset + num_read}: reading {what} failed: {error.strerror}."
+            raise ServiceError(Reason.MODEL_INVALID, why) from None
+        if count == 0:
+            raise _changed(path)
+        num_read += count
 
 
 def check_unchanged(file: GGUFFile) -> None:

@@ -8,6 +8,7 @@ U+FFFD in place of each bad byte, so that it can be printed and sent anywhere, a
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,11 @@ class StringArray(Sequence[str]):
         """The file's bytes of one string."""
         index = range(len(self))[index]
         return bytes(self._buffer[self._records[index] + 8 : self._records[index + 1]])
+
+    def all_bytes(self) -> list[bytes]:
+        """The file's bytes of every string."""
+        buffer, records = bytes(self._buffer), self._records
+        return [buffer[start + 8 : end] for start, end in itertools.pairwise(records)]
 
     def __iter__(self) -> Iterator[str]:
         buffer = self._buffer

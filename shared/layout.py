@@ -172,11 +172,15 @@ def _strides(shape: Sequence[int], item_size: int) -> tuple[int, ...]:
 def refuse_invalid(gguf: GGUFFile, info: TensorInfo, data: NDArray[np.uint8]) -> None:
     """Raise MODEL_INVALID for a weight that is not finite, naming file, offset and tensor."""
     block = find_invalid(data, info.type)
-    if block is None:
-        return
+    if block is not None:
+        raise not_finite(gguf, info, block)
+
+
+def not_finite(gguf: GGUFFile, info: TensorInfo, block: int) -> ServiceError:
+    """The error (to be raised) for a block of a tensor that holds what no weight may be."""
     path, offset = str(gguf.paths[info.file_index]), info.offset + block * info.type.type_size
     why = f"{path}: byte {offset}: tensor {info.name!r} ({info.type.name}) holds a value that is not finite."
-    raise ServiceError(Reason.MODEL_INVALID, why, metadata={"file": path, "offset": str(offset)})
+    return ServiceError(Reason.MODEL_INVALID, why, metadata={"file": path, "offset": str(offset)})
 
 
 def _place(info: TensorInfo, data: NDArray[np.uint8], target: NDArray[np.generic], role: str) -> None:

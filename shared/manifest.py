@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from shared.gpt_config import GPTConfig
 
+WHOLE = 0  # size of pieces where there are none
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -42,8 +44,9 @@ class Allocation:
     """One piece of memory that has a descriptor."""
 
     num_bytes: int
-    sha256: str  # of its contents, lower-case hexadecimal
+    sha256: str  # of its contents, lower-case hexadecimal; or over the SHA-256s of their pieces, in order
     generation: int
+    sha256_piece_bytes: int = WHOLE  # the last piece may be shorter
 
 
 @dataclass(frozen=True)

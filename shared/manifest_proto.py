@@ -35,7 +35,12 @@ def manifest_to_proto(manifest: Manifest) -> loader_pb2.Manifest:
         layout=manifest.layout,
         config=config_to_proto(manifest.config),
         allocations=[
-            loader_pb2.Allocation(bytes=each.num_bytes, sha256=each.sha256, generation=each.generation)
+            loader_pb2.Allocation(
+                bytes=each.num_bytes,
+                sha256=each.sha256,
+                generation=each.generation,
+                sha256_piece_bytes=each.sha256_piece_bytes,
+            )
             for each in manifest.allocations
         ],
         tensors=[_tensor_to_proto(tensor) for tensor in manifest.tensors.values()],
@@ -164,7 +169,7 @@ def _allocations(messages: Sequence[loader_pb2.Allocation], field: str) -> tuple
         if not 1 <= each.bytes <= MAX_ALLOCATION_BYTES:
             raise invalid_field(f"{path}.bytes", f"is {each.bytes}, outside [1, {MAX_ALLOCATION_BYTES}]")
         _check_sha256(each.sha256, f"{path}.sha256")
-    return tuple(Allocation(each.bytes, each.sha256, each.generation) for each in messages)
+    return tuple(Allocation(each.bytes, each.sha256, each.generation, each.sha256_piece_bytes) for each in messages)
 
 
 def _tensors(messages: Sequence[loader_pb2.Tensor], allocations: Sequence[Allocation], field: str) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def tokenizer_data_from_gguf(
     """
     metadata = gguf.metadata
     kind = metadata.get_str("tokenizer.ggml.model")
-    tokens = _tokens(metadata)
+    tokens, known = _tokens(metadata)
     eos_token_id = _special_id(metadata, "eos", len(tokens))
     architecture = metadata.get_str("general.architecture")
     return TokenizerData(
@@ -91,7 +91,7 @@ def tokenizer_data_from_gguf(
         pre=metadata.get_str("tokenizer.ggml.pre", ""),
         tokens=tokens,
         token_types=_token_types(metadata, len(tokens)),
-        merges=_merges(metadata, tokens) if kind == BPE_KIND else (),
+        merges=_merges(metadata, known) if kind == BPE_KIND else (),
         tokenizer_json=tokenizer_json,
         bos_token_id=_special_id(metadata, "bos", len(tokens)),
         eos_token_id=eos_token_id,
@@ -129,15 +129,18 @@ def read_tokenizer_json(path: str | Path) -> bytes:
     return data
 
 
-def _tokens(metadata: Metadata) -> StringArray:
+def _tokens(metadata: Metadata) -> tuple[StringArray, set[bytes]]:
+    """The vocabulary, and its tokens' bytes."""
     key = "tokenizer.ggml.tokens"
     tokens = metadata.get_strings(key)
     if not 1 <= len(tokens) <= MAX_NUM_TOKENS:
         raise metadata.invalid(key, f"has {len(tokens)} entries, outside [1, {MAX_NUM_TOKENS}]")
-    _check_utf8(metadata, key, tokens)
-    if len(set(tokens)) != len(tokens):
-        raise metadata.invalid(key, f"has {len(tokens) - len(set(tokens))} tokens that repeat an earlier one")
-    return tokens
+    contents = tokens.all_bytes()
+    _check_utf8(metadata, key, contents)
+    known = set(contents)
+    if len(known) != len(tokens):
+        raise metadata.invalid(key, f"has {len(tokens) - len(known)} tokens that repeat an earlier one")
+    return tokens, known
 
 
 def _token_types(metadata: Metadata, num_tokens: int) -> Sequence[int]:
@@ -153,23 +156,40 @@ def _token_types(metadata: Metadata, num_tokens: int) -> Sequence[int]:
     return types
 
 
-def _merges(metadata: Metadata, tokens: StringArray) -> StringArray:
-    """The merges, each of which joins two tokens to a third."""
+def _merges(metadata: Metadata, known: set[bytes]) -> StringArray:
+    """The merges, each of which joins two of the known tokens to a third."""
     key = "tokenizer.ggml.merges"
     merges = metadata.get_strings(key)
-    _check_utf8(metadata, key, merges)
-    known = set(tokens)
-    for rank, merge in enumerate(merges):
-        left, _, right = merge.partition(" ")
-        if left not in known or right not in known or left + right not in known or not left or not right:
-            raise metadata.invalid(key, f"entry {rank}, {merge!r:.100}, does not join two tokens to a third")
+    contents = merges.all_bytes()
+    _check_utf8(metadata, key, contents)
+    if not _all_join(contents, known):
+        for rank, merge in enumerate(contents):
+            left, _, right = merge.partition(b" ")
+            if left not in known or right not in known or left + right not in known or not left or not right:
+                raise metadata.invalid(
+                    key, f"entry {rank}, {merge.decode()!r:.100}, does not join two tokens to a third"
+                )
     return merges
 
 
-def _check_utf8(metadata: Metadata, key: str, strings: StringArray) -> None:
-    for index, text in enumerate(strings):
-        if "\ufffd" in text and text.encode() != strings.bytes_at(index):
-            raise metadata.invalid(key, f"entry {index} is not valid UTF-8")
+def _all_join(merges: Sequence[bytes], known: set[bytes]) -> bool:
+    """Whether each merge joins two tokens without spaces to a third: a few calls, where a loop over half a million
+    merges takes longer than reading the weights."""
+    if not all(merge.count(b" ") == 1 for merge in merges):
+        return False
+    parts = set(b" ".join(merges).split(b" ")) if merges else set()
+    return b"" not in parts and parts <= known and {merge.replace(b" ", b"") for merge in merges} <= known
+
+
+def _check_utf8(metadata: Metadata, key: str, contents: Sequence[bytes]) -> None:
+    try:
+        b"\0".join(contents).decode()
+    except UnicodeDecodeError:
+        for index, content in enumerate(contents):
+            try:
+                content.decode()
+            except UnicodeDecodeError:
+                raise metadata.invalid(key, f"entry {index} is not valid UTF-8") from None
 
 
 def _special_id(metadata: Metadata, name: str, num_tokens: int) -> int | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.executor.cuda.compile import ARCHITECTURES, SOURCES, Compiler, Module, find_nvcc, nvcc_arguments
-from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kernels import SOURCES, modules_of
+from shared.cuda_compile import ARCHITECTURES, Compiler, Module, find_nvcc, nvcc_arguments
 from shared.cuda_layout import Family
 from shared.errors import ServiceError
 from tests.tiny_models import TINY_GPT2, WIDE_GPT_OSS
@@ -39,7 +39,7 @@ def all_modules():
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_all_kernels_compile_without_spills(tmp_path, target):
     def compile(module):
-        command = [NVCC, *nvcc_arguments(module, target), "-Xptxas", "-v", "-Werror", "all-warnings"]
+        command = [NVCC, *nvcc_arguments(SOURCES, module, target), "-Xptxas", "-v", "-Werror", "all-warnings"]
         output = tmp_path / f"{module.source}{''.join(module.defines)}"
         result = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
@@ -57,19 +57,19 @@ def test_all_kernels_compile_without_spills(tmp_path, target):
 @needs_nvcc
 def test_cubins_are_cached_by_what_they_are_made_of(tmp_path):
     module = Module("rows")
-    cubin = Compiler("sm_80", tmp_path).compile(module)
+    cubin = Compiler(SOURCES, "sm_80", tmp_path).compile(module)
     assert cubin[:4] == b"\x7fELF"
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"from the cache")
-    assert Compiler("sm_80", tmp_path).compile(module) == b"from the cache"
-    assert Compiler("sm_86", tmp_path).compile(module) != b"from the cache"
+    assert Compiler(SOURCES, "sm_80", tmp_path).compile(module) == b"from the cache"
+    assert Compiler(SOURCES, "sm_86", tmp_path).compile(module) != b"from the cache"
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @needs_nvcc
 def test_a_source_that_does_not_compile_is_an_error(tmp_path):
     with pytest.raises(ServiceError, match=r"nvcc refused embed\.cu"):
-        Compiler("sm_80", tmp_path).compile(Module("embed"))  # without its FAMILY
+        Compiler(SOURCES, "sm_80", tmp_path).compile(Module("embed"))  # without its FAMILY
 
 
 def test_entry_points_take_the_arguments_that_are_declared():

@@ -87,7 +87,7 @@ def test_a_restarted_loader_adopts_the_memory_of_executors(pair: Stack) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(tmp_path: Path, gpu: None) -> None:
     """As if a MiB were free: the refusal's own arithmetic, not a GPU that is really full."""
-    from services.loader.cuda_memory import CudaMemory
+    from services.loader.cuda.memory import CudaMemory
     from shared.errors import Reason, ServiceError
     from shared.gguf import read_gguf
     from shared.gpt_config import GPTConfig

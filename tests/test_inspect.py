@@ -44,6 +44,25 @@ def test_kv_is_what_a_runner_takes(tmp_path, config, num_sequences):
     assert found.memory.estimate.kv_bytes == NumpyRunner(config, weights, 32, num_blocks).kv_bytes
 
 
+def test_what_fits_a_gpu(tmp_path, capsys):
+    """Weights lie there once; KV is in halves, and grows with contexts and sequences; the table says the sums."""
+    path = write_model(tmp_path / "tiny.gguf", WIDE_GPT_OSS, _mostly_mxfp4)
+    memory = inspect_file(path, context=512, num_sequences=3).cuda_memory
+    assert memory.estimate.weight_bytes == 3 * (2 << 20), "an allocation for each layer and one for the rest"
+    # One full layer: 2 key heads of 64, and as many values, 2 bytes each.
+    assert memory.estimate.kv_bytes_per_token == 2 * 2 * 64 * 2
+    totals = {number: total for context, number, total in memory.totals if context == 512}
+    assert sorted(totals) == [1, 3, 8, 64]
+    kv = (totals[64] - totals[1]) // 63
+    assert totals[3] - totals[1] == 2 * kv
+    assert kv >= 2 * 512 * memory.estimate.kv_bytes_per_token * 0.5
+    assert totals[1] == memory.estimate.weight_bytes + 2 * (520 << 20) + memory.estimate.workspace_bytes + kv
+    run(["inspect", str(path)])
+    out = capsys.readouterr().out
+    assert "Memory on a GPU" in out
+    assert f"{totals[3] / 2**30:.1f}" in out
+
+
 def test_json(tmp_path, capsys):
     path = write_model(tmp_path / "wide.gguf", WIDE_GPT_OSS, _mostly_mxfp4)
     assert run(["inspect", str(path), "--json", "--context", "64"]) == 1, "it has no tokenizer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,21 +14,24 @@ from threading import Event
 
 import pytest
 
+from services.loader import tokenizer_check
 from services.loader.config import LoaderConfig
 from services.loader.host_memory import free_bytes
 from services.loader.leases import Leases
 from services.loader.loaded_model import LoadedModel
 from services.loader.loading import LoadOptions, Source, Stage, default_name, load_model
 from services.loader.store import ModelStore
+from services.loader.tokenizer_check import TokenizerCheck
 from shared.config import ServerConfig
-from shared.digest import PIECE_BYTES, StoppedError, digest_of
+from shared.digest import PIECE_BYTES, READ_BYTES, StoppedError, digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
 from shared.manifest import Allocation, Manifest
+from shared.phases import Phases
 from tests.gguf_files import write_gguf
 from tests.loader_harness import num_memfds, write_gpt2
 from tests.stack import Service
-from tests.tiny_models import TINY_GPT2, WIDE_GPT2
+from tests.tiny_models import TINY_GPT2, WIDE_GPT2, write_model
 
 
 def model_of(name: str, *aliases: str, digest: str = "d") -> LoadedModel:
@@ -135,10 +139,10 @@ def test_names_of_files() -> None:
 
 def test_a_digest_is_over_pieces_of_each_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", {"general.architecture": "gpt2"})
-    data = path.read_bytes() + os.urandom(2 * PIECE_BYTES + 5)
+    data = path.read_bytes() + os.urandom(READ_BYTES + 2 * PIECE_BYTES + 5)
     path.write_bytes(data)
     file = read_gguf(path)
-    pieces = [hashlib.sha256(data[start : start + PIECE_BYTES]).digest() for start in (0, 4 << 20, 8 << 20)]
+    pieces = [hashlib.sha256(data[start : start + PIECE_BYTES]).digest() for start in range(0, len(data), PIECE_BYTES)]
     assert digest_of(file, (), 3, Event()) == hashlib.sha256(b"".join(pieces)).hexdigest()
     plain = hashlib.sha256(data).hexdigest()
     assert digest_of(file, (plain,), 3, Event()) == digest_of(file, (), 1, Event())
@@ -201,3 +205,45 @@ def test_a_loader_told_to_stop_while_it_loads_ends_in_order(tmp_path: Path) -> N
     assert loader.stop() == 0
     assert "loaded" not in loader.text.replace("not loaded", "")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("min_file_bytes", [0, 1 << 40], ids=["in a process", "on the spot"])
+def test_a_tokenizer_is_checked_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_file_bytes: int
+) -> None:
+    monkeypatch.setattr(tokenizer_check, "MIN_FILE_BYTES", min_file_bytes)
+
+    def check(path: Path) -> tuple[int, ...]:
+        with TokenizerCheck(path) as checking:
+            return checking.eog_token_ids(read_gguf(path))
+
+    path = write_gpt2(tmp_path / "m.gguf")
+    assert check(path) == (WIDE_GPT2.vocab_size - 1,)
+    path.write_bytes(path.read_bytes().replace(b"t 1", b"t 2", 1))
+    with pytest.raises(ServiceError, match=r"entry 0, 't 2', does not join") as caught:
+        check(path)
+    assert caught.value.reason is Reason.MODEL_INVALID
+    assert check(write_model(tmp_path / "none.gguf", WIDE_GPT2)) == ()
+    before = num_memfds()
+    options = LoadOptions()
+    assert reason_of(lambda: load_model(Source(path, "m"), options, itertools.count(1), lambda _: None, Event())) is (
+        Reason.MODEL_INVALID
+    )
+    assert num_memfds() == before
+
+
+def test_a_check_that_nobody_waits_for_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_check, "MIN_FILE_BYTES", 0)
+    with TokenizerCheck(write_gpt2(tmp_path / "m.gguf")) as check:
+        process = check._process
+    assert process is not None
+    assert process.returncode is not None
+
+
+def test_phases_are_told_in_order() -> None:
+    phases = Phases(since_start=True)
+    for name in ("imports", "context", "imports"):
+        phases.lap(name)
+    assert list(phases.seconds) == ["imports", "context"]
+    assert 0 < phases.seconds["imports"] < 3600
+    assert re.fullmatch(r"imports \d+ ms, context \d+ ms", str(phases))

@@ -11,7 +11,7 @@ import click
 
 from mxgpt.cli.failures import FAILED, OK
 from mxgpt.cli.terminal import print_table, printable, progress
-from mxgpt.inspect_file import Inspection, inspect_file
+from mxgpt.inspect_file import CudaMemory, Inspection, inspect_file
 
 
 @click.command(
@@ -43,7 +43,7 @@ def inspect(
     metadata: bool,
     as_json: bool,
 ) -> None:
-    """Show what a GGUF file holds, whether it is sound, and the memory that it takes on the CPU once it is served.
+    """Show what a GGUF file holds, whether it is sound, and the memory that serving it takes, on the CPU or on a GPU.
 
     FILE may be the first of several shards. Its header is checked as a loader checks it; nothing is loaded.
     """
@@ -72,6 +72,9 @@ def _print(found: Inspection, with_metadata: bool) -> None:
     print_table(("TYPE", "TENSORS", "VALUES", "SIZE", "BITS A VALUE"), rows, align="lrrrr")
     if found.memory is not None:
         _print_pairs("Memory on the CPU", _describe_memory(found))
+    if found.cuda_memory is not None:
+        _print_pairs("Memory on a GPU", _describe_cuda_memory(found.cuda_memory))
+        _print_cuda_totals(found.cuda_memory)
     print()
     for problem in found.problems:
         print(printable(f"unsound: {problem}"))
@@ -125,6 +128,29 @@ def _describe_memory(found: Inspection) -> dict[str, str]:
     }
 
 
+def _describe_cuda_memory(memory: CudaMemory) -> dict[str, str]:
+    estimate = memory.estimate
+    return {
+        "weights": f"{_size(estimate.weight_bytes)}, shared by all executors of the GPU",
+        "KV per token": f"{_size(estimate.kv_bytes_per_token)} in layers that see all positions",
+        "workspace": f"{_size(estimate.workspace_bytes)} at most, in each executor",
+        "context": f"{_size(estimate.context_bytes)} about, in the loader and in each executor",
+    }
+
+
+def _print_cuda_totals(memory: CudaMemory) -> None:
+    """GiB in all, with one executor."""
+    numbers = sorted({number for _, number, _ in memory.totals})
+    rows = [
+        [context, *(f"{total / 2**30:.1f}" for length, _, total in memory.totals if length == context)]
+        for context in sorted({context for context, _, _ in memory.totals})
+    ]
+    print()
+    header = ("CONTEXT", *(f"{number} SEQUENCE{'S' if number > 1 else ''}" for number in numbers))
+    print_table(header, rows, align="r" * len(header))
+    print("  GiB in all, with one executor whose --kv-memory-mib is as large as that")
+
+
 def _fields(found: Inspection) -> dict[str, Any]:
     tokenizer = found.tokenizer
     return {
@@ -146,6 +172,7 @@ def _fields(found: Inspection) -> dict[str, Any]:
             c.name: {"tensors": c.num_tensors, "values": c.num_values, "bytes": c.num_bytes} for c in found.types
         },
         "memory": dataclasses.asdict(found.memory) if found.memory else None,
+        "cuda_memory": dataclasses.asdict(found.cuda_memory) if found.cuda_memory else None,
         "weights_were_read": found.weights_were_read,
         "problems": found.problems,
         "metadata": found.metadata,

@@ -15,6 +15,7 @@ from shared.cuda_memory import CudaDevice, device_index, gpu_unusable, import_re
 from shared.descriptors import map_readonly
 from shared.layout import LAYOUTS
 from shared.manifest import Manifest
+from shared.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +49,26 @@ def make_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineCo
 
 
 def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig, index: int) -> Runner:
+    phases = Phases(since_start=True)
+    phases.lap("interpreter")
     memory = CudaDevice(index)
+    phases.lap("context")
     try:  # only here, so that nothing of CUDA is needed where there is no GPU
         from services.executor.cuda.device import Device
         from services.executor.cuda.runner import CudaRunner
         from services.executor.cuda.weights import CudaWeights
     except ImportError as error:
         raise gpu_unusable(f"PyCUDA can't be imported ({error})") from None
+    phases.lap("imports")
     device = Device(index)
     atexit.register(device.close)
+    phases.lap("stream")
     addresses = [
         import_readonly(memory, descriptor, allocation.num_bytes).address
         for descriptor, allocation in zip(descriptors, manifest.allocations, strict=True)
     ]
-    return CudaRunner(
+    phases.lap("weights")
+    runner = CudaRunner(
         device,
         CudaWeights(manifest.config, manifest.tensors, addresses),
         engine.block_size,
@@ -70,3 +77,6 @@ def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: En
         engine.max_running,
         report=lambda done, total: log.info("kernel %d of %d is ready", done, total),
     )
+    phases.lap("kernels and memory")
+    log.info("the engine has started: %s", phases)
+    return runner

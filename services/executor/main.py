@@ -20,6 +20,7 @@ from shared.channel import open_channel
 from shared.config import client_config, client_options, server_config, server_options
 from shared.errors import Reason, ServiceError, Status
 from shared.logs import set_up_logs
+from shared.phases import Phases
 from shared.server import OVERALL, Server
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,10 @@ class Executor:
         return 1 if failed else 0
 
     async def _bring_up(self) -> None:
+        phases = Phases(since_start=True)
+        phases.lap("interpreter and imports")
         attachment = await self._attach()
+        phases.lap("attach")
         manifest = attachment.manifest
         engine_config = self._config.engine_config(manifest.config)
         await self._engine.start(
@@ -73,6 +77,7 @@ class Executor:
             self._config.num_threads,
             self._config.log_level,
         )
+        phases.lap("engine")
         tokenizer = TokenizerClient(self._tokenizer_channel, manifest.digest)
         pipe = TextPipe(tokenizer_pb2_grpc.TokenizerServiceStub(self._tokenizer_channel), manifest.digest)
         self._servicer.serve_model(manifest, engine_config.max_context, self._engine, tokenizer, pipe)
@@ -80,8 +85,9 @@ class Executor:
         self._tasks.append(asyncio.create_task(self._watch_loader()))
         self._tasks.append(asyncio.create_task(self._watch_tokenizer(tokenizer)))
         log.info(
-            "serving %s (%s) with %d KV blocks", manifest.model, manifest.digest, sum(engine_config.num_blocks.values())
-        )
+            "serving %s (%s) with %d KV blocks; %s",
+            manifest.model, manifest.digest, sum(engine_config.num_blocks.values()), phases,
+        )  # fmt: skip
 
     async def _attach(self) -> Attachment:
         """Attach as soon as the loader is there and has the model; any service may start first."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 
 from services.loader import host_memory
 from services.loader.host_memory import memory_exhausted
+from services.loader.memory import Filled
 from shared.descriptors import check_sealed, close_all, create_memory, map_readonly, map_writable, seal
-from shared.digest import StoppedError
+from shared.digest import FileHashes, StoppedError
 from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import FLOAT32_BUDGET, Plan, fill, plan
-from shared.manifest import Allocation
+from shared.manifest import WHOLE, Allocation
+from shared.phases import Phases
 
 WORKING_BYTES = 64 << 20  # of each thread beside the tensor that it reads: decoded rows, checks
 
@@ -35,6 +37,9 @@ class CpuMemory:
     def free_bytes(self) -> int:
         return host_memory.free_bytes()
 
+    def used_bytes(self) -> int:
+        return 0
+
     def plan(self, file: GGUFFile, config: GPTConfig) -> Plan:
         return plan(file, config, self.float32_budget)
 
@@ -42,16 +47,39 @@ class CpuMemory:
         host_memory.require_free(planned.num_bytes + _working_bytes(planned, file, self.num_threads), what)
 
     def fill(
-        self, planned: Plan, file: GGUFFile, count: Callable[[int], None], stop: Event
-    ) -> tuple[tuple[int, ...], list[str]]:
+        self,
+        planned: Plan,
+        file: GGUFFile,
+        pins: Sequence[str],
+        count: Callable[[int], None],
+        stop: Event,
+        phases: Phases,
+    ) -> Filled:
         filling = _Filling(planned, file, count, stop)
-        checksums = filling.run(self.num_threads)
-        return filling.descriptors, checksums
+        with FileHashes(file, pins, self.num_threads, stop) as hashes:
+            checksums = filling.run(self.num_threads)
+            phases.lap("fill")
+            try:
+                digest = hashes.result()
+            except BaseException:
+                close_all(filling.descriptors)
+                raise
+            phases.lap("hash")
+        return Filled(filling.descriptors, checksums, WHOLE, digest)
 
     def verify(self, descriptor: int, allocation: Allocation, stop: Event) -> None:
         check_sealed(descriptor, allocation.num_bytes)
+        if allocation.sha256_piece_bytes != WHOLE:
+            raise ValueError(f"its SHA-256 is of pieces of {allocation.sha256_piece_bytes} bytes, not of the whole")
         if _hash_allocation(descriptor, allocation.num_bytes, stop) != allocation.sha256:
             raise ValueError("the memory does not have the SHA-256 that was said")
+
+    def is_resident(self, descriptor: int, allocation: Allocation) -> bool:
+        try:
+            check_sealed(descriptor, allocation.num_bytes)
+        except ValueError:
+            return False
+        return True
 
 
 class _Filling:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.loader.memory import Memory
 from shared.descriptors import close_all
 from shared.gguf import GGUFFile
 from shared.manifest import Manifest
@@ -51,3 +54,17 @@ class LoadedModel:
         """Give the memory back, once nobody else maps it."""
         close_all(self.descriptors)
         self.descriptors = ()
+
+
+async def is_resident(model: LoadedModel, memory: Memory) -> bool:
+    """Whether all of a model's memory is where it was put."""
+    copies = [os.dup(descriptor) for descriptor in model.descriptors]  # it may be freed while they are looked at
+    allocations = model.manifest.allocations
+
+    def look() -> bool:
+        try:
+            return all(memory.is_resident(*each) for each in zip(copies, allocations, strict=True))
+        finally:
+            close_all(copies)
+
+    return await asyncio.to_thread(look)

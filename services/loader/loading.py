@@ -7,6 +7,7 @@ that was allocated. At no time is a second copy of the weights in memory.
 from __future__ import annotations
 
 import enum
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,17 @@ from threading import Event, Lock
 from services.loader.cpu_memory import CpuMemory
 from services.loader.loaded_model import LoadedModel
 from services.loader.memory import Memory
+from services.loader.tokenizer_check import TokenizerCheck
 from shared.descriptors import close_all
-from shared.digest import FileHashes, StoppedError, digest_of
+from shared.digest import StoppedError, digest_of
 from shared.errors import Reason, ServiceError, invalid_field
 from shared.gguf import GGUFFile, read_gguf
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation, Manifest
-from shared.tokenizer_data import tokenizer_data_from_gguf
+from shared.phases import Phases
+
+log = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 256
 
@@ -102,32 +106,35 @@ def load_model(
         StoppedError: if the stop was set.
     """
     report(Progress(Stage.PARSE))
-    file, config, planned = plan_model(source.path, options)
-    require_pin_count(source.sha256, file)
-    eog_token_ids = _eog_token_ids(file, source.name)
-    options.memory.require_free(planned, file, f"model {source.name!r}")
-    counter = _Counter(planned, file, report, stop)
-    with FileHashes(file, source.sha256, options.num_threads, stop) as hashes:
-        descriptors, checksums = options.memory.fill(planned, file, counter.add, stop)
-        report(Progress(Stage.SEAL, counter.bytes_total, counter.bytes_total))
+    phases = Phases()
+    _require_below(options.model_root, source.path)
+    with TokenizerCheck(source.path) as check:  # so that a model with a broken tokenizer is not served
+        file, config, planned = plan_model(source.path, options)
+        require_pin_count(source.sha256, file)
+        options.memory.require_free(planned, file, f"model {source.name!r}")
+        counter = _Counter(planned, file, report, stop)
+        phases.lap("parse")
+        filled = options.memory.fill(planned, file, source.sha256, counter.add, stop, phases)
         try:
-            digest = hashes.result()
+            eog_token_ids = check.eog_token_ids(file)
         except BaseException:
-            close_all(descriptors)
+            close_all(filled.descriptors)
             raise
-    allocations = zip(planned.allocation_sizes, checksums, generations, strict=False)
+    phases.lap("tokenizer")
+    allocations = zip(planned.allocation_sizes, filled.sha256, generations, strict=False)
     manifest = Manifest(
         model=source.name,
         aliases=source.aliases,
-        digest=digest,
+        digest=filled.digest,
         layout=planned.layout,
         config=config,
-        allocations=tuple(Allocation(*each) for each in allocations),
+        allocations=tuple(Allocation(*each, filled.sha256_piece_bytes) for each in allocations),
         tensors=dict(planned.tensors),
         files=tuple((str(path), size) for path, size in zip(file.paths, file.file_sizes, strict=True)),
         eog_token_ids=eog_token_ids,
     )
-    return LoadedModel(manifest, descriptors, file)
+    log.info("%s: %d bytes of weights are in memory: %s", source.name, counter.bytes_total, phases)
+    return LoadedModel(manifest, filled.descriptors, file)
 
 
 def open_model(path: Path, model_root: Path | None) -> GGUFFile:
@@ -204,14 +211,8 @@ class _Counter:
             raise StoppedError
         with self._lock:
             self._bytes_done += num_bytes
-            self._report(Progress(Stage.WEIGHTS, self._bytes_done, self.bytes_total))
-
-
-def _eog_token_ids(file: GGUFFile, name: str) -> tuple[int, ...]:
-    """From the tokenizer, which is checked here, so that a model with a broken one is not served; it may lack one."""
-    if "tokenizer.ggml.model" not in file.metadata:
-        return ()
-    return tokenizer_data_from_gguf(file, model=name, digest="").eog_token_ids
+            stage = Stage.WEIGHTS if self._bytes_done < self.bytes_total else Stage.SEAL
+            self._report(Progress(stage, self._bytes_done, self.bytes_total))
 
 
 def _require_below(root: Path | None, path: Path) -> None:

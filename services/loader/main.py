@@ -133,7 +133,7 @@ def _memory(config: LoaderConfig) -> Memory:
     index = device_index(config.device)
     if index is None:
         return CpuMemory(config.num_threads, config.float32_budget)
-    from services.loader.cuda_memory import CudaMemory
+    from services.loader.cuda.memory import CudaMemory
 
     return CudaMemory(index, config.num_threads)
 

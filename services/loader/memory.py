@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
 
@@ -10,6 +11,17 @@ from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation
+from shared.phases import Phases
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A model's allocations, final."""
+
+    descriptors: tuple[int, ...]  # the receiver closes them
+    sha256: Sequence[str]  # of each allocation, as `Allocation` defines it
+    sha256_piece_bytes: int
+    digest: str  # of the files
 
 
 class Memory(Protocol):
@@ -28,6 +40,9 @@ class Memory(Protocol):
 
     def free_bytes(self) -> int: ...
 
+    def used_bytes(self) -> int:
+        """Of the GPU's, by whomever; 0 on the CPU."""
+
     def plan(self, file: GGUFFile, config: GPTConfig) -> Plan:
         """Where the weights of a checked file will lie."""
 
@@ -39,16 +54,25 @@ class Memory(Protocol):
         """
 
     def fill(
-        self, planned: Plan, file: GGUFFile, count: Callable[[int], None], stop: Event
-    ) -> tuple[tuple[int, ...], list[str]]:
-        """Allocate, fill and make final: the descriptors, which the caller closes, and the checksum of each.
+        self,
+        planned: Plan,
+        file: GGUFFile,
+        pins: Sequence[str],
+        count: Callable[[int], None],
+        stop: Event,
+        phases: Phases,
+    ) -> Filled:
+        """Allocate, fill and make final, and hash the files beside it.
 
         Args:
-            count: called from several threads with the number of file bytes that are placed; may raise StoppedError.
+            pins: the plain SHA-256 expected of each file, in order; empty to expect nothing.
+            count: called with the number of file bytes that are placed, from any thread; may raise StoppedError.
             stop: set by another thread to give up; set here when one of several threads fails.
+            phases: of the load, which this adds its own to.
 
         Raises:
-            ServiceError: for weights that can't be served, or memory that is not there; all is freed then.
+            ServiceError: for weights that can't be served, files that have changed or miss their pins, or memory that
+                is not there; all is freed then.
             StoppedError: if the stop was set; likewise.
         """
 
@@ -59,3 +83,6 @@ class Memory(Protocol):
             ValueError: saying what is wrong with it.
             StoppedError: if the stop was set.
         """
+
+    def is_resident(self, descriptor: int, allocation: Allocation) -> bool:
+        """Whether a descriptor's memory is there, of this kind and of an allocation's size."""

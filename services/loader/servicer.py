@@ -18,7 +18,7 @@ from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from services.loader.adoption import Adoption
 from services.loader.handover import Handover
 from services.loader.leases import Leases
-from services.loader.loaded_model import LoadedModel
+from services.loader.loaded_model import LoadedModel, is_resident
 from services.loader.loading import Progress, Source, Stage, default_name, plan_model
 from services.loader.loads import Loads
 from services.loader.model_proto import model_to_proto, progress_to_proto
@@ -111,11 +111,14 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
     @servicer_method
     async def GetStatus(self, request: loader_pb2.GetStatusRequest, context: Context) -> loader_pb2.GetStatusResponse:
         memory = self._loads.options.memory
+        resident = [model.manifest.model for model in self._store.models if await is_resident(model, memory)]
         return loader_pb2.GetStatusResponse(
             loader_id=self._id,
             device=memory.device,
             driver_version=memory.driver_version,
             compute_capability=memory.compute_capability,
+            resident_models=resident,
+            used_bytes=memory.used_bytes(),
             resident_bytes=self._store.resident_bytes,
             free_bytes=memory.free_bytes(),
             models=[self._model(model) for model in self._store.models],

@@ -15,7 +15,8 @@ import pycuda.driver as cuda
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from services.executor.cuda.compile import Compiler, Module, architecture
+from services.executor.cuda.kernels import SOURCES
+from shared.cuda_compile import Compiler, Module, architecture
 from shared.errors import Reason, ServiceError
 
 Grid = tuple[int, int, int]
@@ -57,7 +58,7 @@ class Device:
         report: Callable[[int, int], None] | None = None,
     ) -> None:
         """Compile modules and prepare their entry points: types are P for a pointer, i an int, f a float."""
-        cubins = Compiler(architecture(self.capability), cache).compile_all(list(modules), report)
+        cubins = Compiler(SOURCES, architecture(self.capability), cache).compile_all(list(modules), report)
         for module, entries in modules.items():
             loaded = cuda.module_from_buffer(cubins[module])
             for name, entry, types in entries:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from services.executor.cuda.compile import Module
+from shared.cuda_compile import Module
 from shared.cuda_layout import Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
 Entry = tuple[str, str, str]  # name, entry point, types of the arguments: P pointer, i int, f float
 
+SOURCES = Path(__file__).parent / "kernels"
 PRODUCT_TILES = (2, 4, 8)  # of 8 rows, that product_rows comes in
 EXACT = (Family.MXFP4, Family.INT8)  # families whose codes are multiplied as they are
 ONE_TYPES = "PPPPPPPPPiiiiiiiiif"

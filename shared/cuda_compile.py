@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.cuda_memory import gpu_unusable
 from shared.errors import Reason, ServiceError
 
-SOURCES = Path(__file__).parent / "kernels"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # compiled for by the tests
 FLAGS = ("-O3", "-std=c++17")
 
@@ -27,7 +27,7 @@ FLAGS = ("-O3", "-std=c++17")
 class Module:
     """One source file and the -D constants that it is compiled with."""
 
-    source: str  # name in kernels/, without .cu
+    source: str  # name in the folder of sources, without .cu
     constants: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -49,15 +49,17 @@ class Compiler:
     """Compiles modules for one architecture.
 
     Args:
+        sources: the folder of the .cu files and of the headers that they include.
         target: such as "sm_90a".
         cache: folder of cubins; made if it is missing.
         nvcc: path of the compiler; None looks on PATH and in CUDA_HOME, then takes NVRTC.
 
     Raises:
-        ServiceError: EXECUTOR_UNAVAILABLE if there is no compiler at all.
+        ServiceError: FIELD_INVALID if there is no compiler at all, saying what to install.
     """
 
-    def __init__(self, target: str, cache: Path | None = None, nvcc: str | None = None) -> None:
+    def __init__(self, sources: Path, target: str, cache: Path | None = None, nvcc: str | None = None) -> None:
+        self._sources = sources
         self._target = target
         self._cache = cache or default_cache()
         self._nvcc = nvcc or find_nvcc()
@@ -86,7 +88,7 @@ class Compiler:
             return path.read_bytes()
         except FileNotFoundError:
             pass
-        cubin = self._run_nvcc(module) if self._nvcc else _run_nvrtc(module, self._target)
+        cubin = self._run_nvcc(module) if self._nvcc else _run_nvrtc(self._sources, module, self._target)
         self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._cache, delete=False) as aside:
             aside.write(cubin)
@@ -94,8 +96,8 @@ class Compiler:
         return cubin
 
     def _key(self, module: Module) -> str:
-        headers = sorted(SOURCES.glob("*.cuh"))
-        parts = [(SOURCES / f"{module.source}.cu").read_bytes(), *(header.read_bytes() for header in headers)]
+        headers = sorted(self._sources.glob("*.cuh"))
+        parts = [(self._sources / f"{module.source}.cu").read_bytes(), *(header.read_bytes() for header in headers)]
         parts.append(" ".join((*FLAGS, *module.defines, self._version, self._target)).encode())
         return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 
@@ -103,17 +105,17 @@ class Compiler:
         assert self._nvcc is not None
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "kernel.cubin"
-            command = [self._nvcc, *nvcc_arguments(module, self._target), "-o", str(output)]
+            command = [self._nvcc, *nvcc_arguments(self._sources, module, self._target), "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise ServiceError(Reason.INTERNAL, f"nvcc refused {module.source}.cu: {result.stderr.strip()[:1000]}")
             return output.read_bytes()
 
 
-def nvcc_arguments(module: Module, target: str) -> list[str]:
+def nvcc_arguments(sources: Path, module: Module, target: str) -> list[str]:
     """Everything but the compiler's name and the output."""
     generate = f"arch={target.replace('sm_', 'compute_')},code={target}"
-    return [*FLAGS, *module.defines, "-cubin", "-gencode", generate, str(SOURCES / f"{module.source}.cu")]
+    return [*FLAGS, *module.defines, "-cubin", "-gencode", generate, str(sources / f"{module.source}.cu")]
 
 
 def find_nvcc() -> str | None:
@@ -129,20 +131,19 @@ def _nvrtc_version() -> str:
     try:
         from cuda.bindings import nvrtc
     except ImportError:
-        message = "no CUDA compiler was found: install a CUDA toolkit, or nvidia-cuda-nvrtc and nvidia-cuda-runtime."
-        raise ServiceError(Reason.EXECUTOR_UNAVAILABLE, message) from None
+        raise gpu_unusable("no CUDA compiler was found, neither nvcc nor the wheels of NVRTC") from None
     _, major, minor = nvrtc.nvrtcVersion()
     return f"nvrtc {major}.{minor}"
 
 
-def _run_nvrtc(module: Module, target: str) -> bytes:
+def _run_nvrtc(sources: Path, module: Module, target: str) -> bytes:
     from cuda import pathfinder
     from cuda.bindings import nvrtc
 
     include = pathfinder.find_nvidia_header_directory("cudart")
-    source = (SOURCES / f"{module.source}.cu").read_bytes()
+    source = (sources / f"{module.source}.cu").read_bytes()
     error, program = nvrtc.nvrtcCreateProgram(source, f"{module.source}.cu".encode(), 0, [], [])
-    options = [f"--gpu-architecture={target}", "-std=c++17", f"-I{SOURCES}", f"-I{include}", *module.defines]
+    options = [f"--gpu-architecture={target}", "-std=c++17", f"-I{sources}", f"-I{include}", *module.defines]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
