@@ -16,6 +16,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from services.executor.cuda.compile import Compiler, Module, architecture
+from services.executor.cuda.kernels import Entry
 from shared.errors import Reason, ServiceError
 
 Grid = tuple[int, int, int]
@@ -41,12 +42,12 @@ class Device:
         self._context = device.retain_primary_context()
         self._context.push()
         self.stream = cuda.Stream()
-        self._functions: dict[str, tuple[Any, str]] = {}
+        self._functions: dict[str, tuple[Any, str, int]] = {}
         self._allocations: list[Any] = []
 
     def load(
         self,
-        modules: Mapping[Module, Sequence[tuple[str, str, str]]],  # (name here, name of the entry point, types)
+        modules: Mapping[Module, Sequence[Entry]],
         cache: Path | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -54,17 +55,20 @@ class Device:
         cubins = Compiler(architecture(self.capability), cache).compile_all(list(modules), report)
         for module, entries in modules.items():
             loaded = cuda.module_from_buffer(cubins[module])
-            for name, entry, types in entries:
+            for name, entry, types, *shared in entries:
                 function = loaded.get_function(entry)
                 function.prepare(types)
-                self._functions[name] = (function, types)
+                shared_bytes = shared[0] if shared else 0
+                if shared_bytes:
+                    function.set_attribute(cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+                self._functions[name] = (function, types, shared_bytes)
 
     def launch(self, name: str, grid: Grid, threads: int, *arguments: int | float) -> None:
         """Start a kernel on the stream."""
-        function, types = self._functions[name]
+        function, types, shared_bytes = self._functions[name]
         assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, not {len(arguments)}"
         assert min(grid) > 0
-        function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments)
+        function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments, shared_size=shared_bytes)
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.

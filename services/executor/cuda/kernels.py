@@ -9,10 +9,13 @@ from shared.cuda_layout import Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
-Entry = tuple[str, str, str]  # name, entry point, types of the arguments: P pointer, i int, f float
+# Name, entry point, types of the arguments (P pointer, i int, f float), and bytes of dynamic shared memory if any.
+Entry = tuple[str, str, str] | tuple[str, str, str, int]
 
 PRODUCT_TILES = (1, 2, 4, 8)  # of 8 rows
 PRODUCT_TYPES = "PPPPPPPPPiiiiii"
+WGMMA_STAGES = 10  # of 128 rows by 64 columns of x, in shared memory
+WGMMA_BYTES = WGMMA_STAGES * (128 * 64 * 2 + 16) + 1024  # stages and their barriers, and room to align them
 
 
 def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Sequence[Entry]]:
@@ -31,13 +34,22 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         modules[Module("route")] = [
             ("router", "router", "PPPPiii"),
             ("choose_experts", "choose_experts", "PPPiii"),
-            ("sort_pairs", "sort_pairs", "PPPPiiiii"),
             ("route", "route", "PPPPPPiiiii"),
             ("combine", "combine", "PPPPii"),
         ]
+        modules[Module("sort")] = [("sort_pairs", "sort_pairs", "PPPPiiiii")]
     for family in sorted(set(families)):
         modules |= product_modules(family)
     return modules
+
+
+def wgmma_strips(family: Family) -> Sequence[int]:
+    """How many strips a warp of product_wgmma.cu takes; of wide weights the registers hold one."""
+    return (1, 2) if family <= Family.INT8 else (1,)
+
+
+def wgmma_module(family: Family) -> Module:
+    return Module("product_wgmma", (("FAMILY", int(family)), ("NUM_STAGES", WGMMA_STAGES)))
 
 
 def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
@@ -48,5 +60,9 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
             (f"product_{tiles}_{suffix}", f"product_{tiles}", PRODUCT_TYPES) for tiles in PRODUCT_TILES
         ],
         Module("product_tiled", constants): [(f"product_tiled_{suffix}", "product_tiled", PRODUCT_TYPES + "i")],
+        wgmma_module(family): [
+            (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", PRODUCT_TYPES + "iii", WGMMA_BYTES)
+            for strips in wgmma_strips(family)
+        ],
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }

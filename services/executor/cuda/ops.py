@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass, replace
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import PRODUCT_TILES
+from services.executor.cuda.kernels import PRODUCT_TILES, wgmma_strips
 from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
+from services.executor.cuda.tiles import choose_tile
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
 from services.executor.ops.numpy_ops import rope_frequencies
-from shared.cuda_layout import TILE_COLUMNS
+from shared.cuda_layout import TILE_COLUMNS, Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
@@ -135,6 +136,7 @@ class CudaOps:
         self._device, self._config, self._workspace = device, config, workspace
         self._block_size = block_size
         self._angles = 0
+        self._is_hopper = device.capability == (9, 0)  # where product_wgmma.cu takes the products of many rows
         if config.rope is not None:
             frequencies = rope_frequencies(config.rope, config.head_size)
             self._frequencies = device.allocate(frequencies.nbytes)
@@ -229,7 +231,7 @@ class CudaOps:
         assert bias is not None
         num_rows = x.num_rows
         pairs = num_rows * num_used
-        group_rows = _group_rows(num_rows)
+        group_rows = TILED_ROWS if self._is_hopper and num_rows > SMALL_ROWS else _group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
         device.launch("router", (num_experts, -(-num_rows // 8), 1), 128, *addresses, num_rows, x.width, x.pitch)
@@ -289,6 +291,9 @@ class CudaOps:
         address, pitch = out
         addresses = (part.quants, part.scales, part.minima, bias, 0, x.address, address, 0, 0)
         sizes = (x.pitch, pitch, x.num_rows, part.num_outputs, matrix.num_column_tiles, epilogue)
+        if x.num_rows > SMALL_ROWS and self._is_hopper:
+            self._launch_wgmma(part.family, part.num_strips, x.num_rows, addresses, sizes)
+            return
         if x.num_rows > SMALL_ROWS:
             grid = (-(-part.num_strips // 8), -(-x.num_rows // TILED_ROWS), 1)
             self._device.launch(f"product_tiled_{part.family.name}", grid, 256, *addresses, *sizes, part.num_strips)
@@ -311,12 +316,33 @@ class CudaOps:
         addresses = (matrices.quants, matrices.scales, matrices.minima, *biases, x.address, address, row_ids, groups)
         sizes = (x.pitch, pitch, routing.num_pairs, matrices.num_outputs, matrices.num_column_tiles, epilogue)
         family, strips = matrices.family.name, matrices.num_strips
-        if routing.group_rows == TILED_ROWS:
+        if routing.group_rows == TILED_ROWS and self._is_hopper:
+            self._launch_wgmma(matrices.family, strips, 0, addresses, sizes, routing.max_groups)
+        elif routing.group_rows == TILED_ROWS:
             grid = (-(-strips // 8), routing.max_groups, 1)
             self._device.launch(f"product_tiled_{family}", grid, 256, *addresses, *sizes, strips)
         else:
             grid = (strips, routing.max_groups, 1)
             self._device.launch(f"product_{routing.group_rows // 8}_{family}", grid, 256, *addresses, *sizes)
+
+    def _launch_wgmma(
+        self,
+        family: Family,
+        num_strips: int,
+        num_rows: int,
+        addresses: tuple[int, ...],
+        sizes: tuple[int, ...],
+        num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
+    ) -> None:
+        strips, rows = wgmma_strips(family)[-1], TILED_ROWS
+        if num_groups == 0:
+            choices, num_processors = wgmma_strips(family), self._device.num_multiprocessors
+            strips, rows = choose_tile(num_rows, num_strips, sizes[4], family, choices, num_processors)
+        num_row_tiles = num_groups or -(-num_rows // rows)
+        num_tiles = num_row_tiles * -(-num_strips // (8 * strips))
+        grid = (min(num_tiles, self._device.num_multiprocessors), 1, 1)
+        name = f"product_wgmma_{strips}_{family.name}"
+        self._device.launch(name, grid, 384, *addresses, *sizes, num_strips, rows, num_row_tiles)
 
     def _combine(self, x: Floats, outputs: ExpertOutputs) -> None:
         workspace = self._workspace

@@ -124,19 +124,7 @@ __device__ __forceinline__ void sort(const int* ids, int num_pairs, int num_expe
     for (int group = num_groups + threadIdx.x; group < max_groups; group += blockDim.x) groups[group] = make_int4(0, 0, 0, 0);
 }
 
-// Launch: grid (1), 1024 threads, after choose_experts.
-extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  // (rows, num_used)
-                                                              int* row_ids,    // (pairs,) row of each sorted pair
-                                                              int* places,     // (pairs,) where each pair went
-                                                              int4* groups,    // (max_groups,): expert, start, rows
-                                                              int num_rows, int num_experts, int num_used,
-                                                              int group_rows, int max_groups) {
-    start_dependents();
-    await_inputs();
-    sort(ids, num_rows * num_used, num_experts, num_used, group_rows, max_groups, row_ids, places, groups);
-}
-
-// Both at once, for few rows. Launch: grid (1), 1024 threads.
+// Choice and order at once, for few rows; of many sort.cu finds the order. Launch: grid (1), 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024) route(const float* logits, int* ids, float* weights, int* row_ids,
                                                          int* places, int4* groups, int num_rows, int num_experts,
                                                          int num_used, int group_rows, int max_groups) {
