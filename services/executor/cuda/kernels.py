@@ -29,6 +29,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("attention", head): attention,
+        Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiii")],
     }
     if config.num_experts:
         modules[Module("route")] = [

@@ -214,14 +214,22 @@ class CudaOps:
     def attention(self, queries: int, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
         config, shape = self._config, step.shape
         heads = Halves(self._workspace.heads, shape.num_rows, config.query_size)
-        self._device.launch(
-            f"attention_{shape.tile_rows // 16}",
-            (config.num_kv_heads, shape.num_items, 1 if kv.window else shape.num_splits),
-            128,
-            *(queries, kv.keys, kv.values, step.items, step.tables[kv.group], sinks.address if sinks else 0),
-            *(heads.address, self._workspace.partials, self._workspace.counters),
-            *(config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch),
-        )
+        tables, sink_address = step.tables[kv.group], sinks.address if sinks else 0
+        sizes = (config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch)
+        if shape.num_wide:
+            addresses = (queries, kv.keys, kv.values, step.items, tables, sink_address, heads.address)
+            grid = (config.num_kv_heads, shape.num_wide, 1)
+            self._device.launch("attention_prefill", grid, 128, *addresses, *sizes)
+        if shape.num_items > shape.num_wide:
+            items = step.items + 16 * shape.num_wide
+            self._device.launch(
+                f"attention_{shape.tile_rows // 16}",
+                (config.num_kv_heads, shape.num_items - shape.num_wide, 1 if kv.window else shape.num_splits),
+                128,
+                *(queries, kv.keys, kv.values, items, tables, sink_address),
+                *(heads.address, self._workspace.partials, self._workspace.counters),
+                *sizes,
+            )
         return heads
 
     def route(self, logits: Product, num_used: int) -> Routing:
@@ -367,3 +375,9 @@ def _group_rows(num_rows: int) -> int:
 def item_tokens(config: GPTConfig, tile_rows: int) -> int:
     """Tokens of an item of attention, whose rows of queries fill a tile."""
     return tile_rows // (config.num_heads // config.num_kv_heads)
+
+
+def wide_tokens(config: GPTConfig) -> int:
+    """The same of an item of attention_prefill.cu."""
+    rows = 128 if padded_head_size(config) <= 64 else 64
+    return rows // (config.num_heads // config.num_kv_heads)
