@@ -37,14 +37,6 @@ __device__ __forceinline__ float exp2_of(float x) {
     return result;
 }
 
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ void copy_async(const uint4* target, const void* source) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
@@ -80,8 +72,8 @@ __device__ __forceinline__ void score(const uint4* keys, const uint32_t (&querie
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 const uint32_t(&a)[8] = queries[m][k];
-                multiply(scores[m][tile], a[0], a[4], a[1], a[5], b.x, b.y);
-                multiply(scores[m][tile], a[2], a[6], a[3], a[7], b.z, b.w);
+                multiply_add(scores[m][tile], a[0], a[4], a[1], a[5], b.x, b.y);
+                multiply_add(scores[m][tile], a[2], a[6], a[3], a[7], b.z, b.w);
             }
         }
     }
@@ -139,8 +131,8 @@ __device__ __forceinline__ void weigh(const uint4* values, const uint32_t (&weig
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
             const uint32_t(&a)[4][2] = weights[m];
-            multiply(rows.values[m][v], a[0][0], a[0][1], a[1][0], a[1][1], b.x, b.y);
-            multiply(rows.values[m][v], a[2][0], a[2][1], a[3][0], a[3][1], b.z, b.w);
+            multiply_add(rows.values[m][v], a[0][0], a[0][1], a[1][0], a[1][1], b.x, b.y);
+            multiply_add(rows.values[m][v], a[2][0], a[2][1], a[3][0], a[3][1], b.z, b.w);
         }
     }
 }
