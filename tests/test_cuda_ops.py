@@ -283,7 +283,7 @@ class AttentionCheck:
         device.upload(self.inputs, pack(batch, step, self.block_size, tokens, self.inputs))
         self.ops.prepare(step)
         qkv = self.random.standard_normal((rows, config.query_size + 2 * config.kv_size)).astype(np.float32)
-        queries = self.run_store(qkv, step)
+        queries = self.run_store(qkv, step, wide)
         replaced = replace(self.kv, window=self.window)
         heads = self.ops.attention(queries, replaced, step, self.sinks_vector)
         assert isinstance(heads, Halves)
@@ -294,18 +294,20 @@ class AttentionCheck:
         # Weights and the result are rounded to half, scores are sums over D products of halves.
         np.testing.assert_allclose(found.astype(np.float64), expected, atol=4 * HALF_STEP * largest)
 
-    def run_store(self, qkv, step):
-        """store_kv without the product before it, split by hand into splits of attention if asked for."""
+    def run_store(self, qkv, step, is_many):
+        """store_kv without the product before it."""
         config, device = self.config, self.device
         device.upload(self.ops._workspace.qkv, qkv)
-        device.launch(
-            "store_kv",
-            (config.num_heads + 2 * config.num_kv_heads, len(qkv), 1),
-            32,
+        num_all, num_rows = config.num_heads + 2 * config.num_kv_heads, len(qkv)
+        arguments = (
             *(self.ops._workspace.qkv, self.ops._workspace.angles if config.rope else 0, step.places["full"]),
             *(self.ops._workspace.queries, self.kv.keys, self.kv.values),
             *(config.num_heads, config.num_kv_heads, self.block_size, np.log2(np.e) / np.sqrt(config.head_size)),
         )
+        if is_many:
+            device.launch("store_kv_many", (num_all, -(-num_rows // 32), 1), 256, *arguments, num_rows)
+        else:
+            device.launch("store_kv", (num_all, num_rows, 1), 32, *arguments)
         return self.ops._workspace.queries
 
     def reference(self, qkv, batch, indices):

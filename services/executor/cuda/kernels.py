@@ -28,6 +28,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("norm"): [("rms_norm", "rms_norm", "PPPiif"), ("layer_norm", "layer_norm", "PPPPiif")],
         Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
+        Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,
         Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiii")],
     }
@@ -38,6 +39,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("route", "route", "PPPPPPiiiii"),
             ("combine", "combine", "PPPPii"),
         ]
+        modules[Module("router_many")] = [("router_many", "router_many", "PPPPiiii")]
         modules[Module("sort")] = [("sort_pairs", "sort_pairs", "PPPPiiiii")]
     for family in sorted(set(families)):
         modules |= product_modules(family)

@@ -24,7 +24,7 @@ from shared.layout import round_up
 
 LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product.cu takes at once
-FEW_ROWS = 64  # routed by one kernel
+FEW_ROWS = 64  # past them routing and storing keys have kernels of their own
 GROUPED_ROWS = 512  # up to here experts have few rows each: product.cu, else product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
 TARGET_BLOCKS = 1024  # of a decoding step's attention, at most where it splits: about eight on each multiprocessor
@@ -201,14 +201,16 @@ class CudaOps:
         assert isinstance(qkv.matrix, Matrix)
         config, workspace = self._config, self._workspace
         self.run(qkv, workspace.qkv, qkv.matrix.num_outputs, Epilogue.STORE)
-        self._device.launch(
-            "store_kv",
-            (config.num_heads + 2 * config.num_kv_heads, step.shape.num_rows, 1),
-            32,
-            *(workspace.qkv, workspace.angles if rotate else 0, step.places[kv.group]),
-            *(workspace.queries, kv.keys, kv.values),
-            *(config.num_heads, config.num_kv_heads, self._block_size, LOG2_E / math.sqrt(config.head_size)),
-        )
+        num_rows, num_all = step.shape.num_rows, config.num_heads + 2 * config.num_kv_heads
+        addresses = (workspace.qkv, workspace.angles if rotate else 0, step.places[kv.group])
+        targets = (workspace.queries, kv.keys, kv.values)
+        scale = LOG2_E / math.sqrt(config.head_size)
+        sizes = (config.num_heads, config.num_kv_heads, self._block_size, scale)
+        if num_rows > FEW_ROWS:
+            grid = (num_all, -(-num_rows // 32), 1)
+            self._device.launch("store_kv_many", grid, 256, *addresses, *targets, *sizes, num_rows)
+        else:
+            self._device.launch("store_kv", (num_all, num_rows, 1), 32, *addresses, *targets, *sizes)
         return workspace.queries
 
     def attention(self, queries: int, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
@@ -242,7 +244,11 @@ class CudaOps:
         group_rows = TILED_ROWS if self._is_hopper and num_rows > SMALL_ROWS else _group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
-        device.launch("router", (num_experts, -(-num_rows // 8), 1), 128, *addresses, num_rows, x.width, x.pitch)
+        if num_rows > FEW_ROWS:
+            grid = (-(-num_rows // 32), -(-num_experts // 32), 1)
+            device.launch("router_many", grid, 256, *addresses, num_rows, num_experts, x.width, x.pitch)
+        else:
+            device.launch("router", (num_experts, -(-num_rows // 8), 1), 128, *addresses, num_rows, x.width, x.pitch)
         chosen = (workspace.router_logits, workspace.expert_ids, workspace.expert_weights)
         order = (workspace.row_ids, workspace.pair_places, workspace.groups)
         sizes = (num_rows, num_experts, num_used, group_rows, max_groups)
