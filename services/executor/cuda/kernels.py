@@ -15,7 +15,7 @@ Entry = tuple[str, str, str] | tuple[str, str, str, int]
 PRODUCT_TILES = (1, 2, 4, 8)  # of 8 rows
 PRODUCT_TYPES = "PPPPPPPPPiiiiii"
 WGMMA_STAGES = 10  # of 128 rows by 64 columns of x, in shared memory
-WGMMA_BYTES = WGMMA_STAGES * (128 * 64 * 2 + 16) + 1024  # stages and their barriers, and room to align them
+WGMMA_BYTES = WGMMA_STAGES * (128 * 64 * 2 + 24) + 1024  # stages and their barriers, and room to align them
 
 
 def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Sequence[Entry]]:

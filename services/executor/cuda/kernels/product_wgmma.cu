@@ -17,7 +17,13 @@
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-constexpr int NUM_COPIERS = 128, NUM_MULTIPLIERS = 256;  // threads
+#ifndef FENCE
+#define FENCE 1
+#endif
+#ifndef COPY_BYTES
+#define COPY_BYTES 4
+#endif
+constexpr int NUM_COPIERS = FENCE == 1 ? 96 : 128, NUM_MULTIPLIERS = 256;  // threads
 
 struct Product {
     Planes planes;
@@ -38,7 +44,7 @@ constexpr int SCALE_BYTES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
-    uint32_t stages, full, empty;
+    uint32_t stages, landed, full, empty;
     int stage = 0;
     uint32_t phase = 0;
 
@@ -69,15 +75,25 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
 template <int STRIPS>
 __device__ __forceinline__ void copy_rows(const Product& product, const Work& work, Ring& ring) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // The warp copies every fourth row, a word a lane; lane i knows where row 4 i + warp begins.
-    const int own = work.start + min(4 * lane + warp, work.count - 1);
-    const uint32_t offset = (product.row_ids == nullptr ? own : product.row_ids[own]) * product.x_pitch;
-    uint32_t places[2];
+#if COPY_BYTES == 16
+    constexpr int STEP = 4 * NUM_COPIERS / 32, NUM_STEPS = (MAX_ROWS + STEP - 1) / STEP;
+    const int sub = warp * 4 + lane / 8;
+    uint32_t offsets[NUM_STEPS];
 #pragma unroll
-    for (int odd = 0; odd < 2; odd++) {
-        const int chunk = lane / 16 * 4 + lane % 4, row = warp + 4 * odd;
-        places[odd] = row * ROW_BYTES + (chunk ^ row) * 16 + lane % 16 / 4 * 4;
+    for (int i = 0; i < NUM_STEPS; i++) {
+        const int own = work.start + min(STEP * i + sub, work.count - 1);
+        offsets[i] = (product.row_ids == nullptr ? own : product.row_ids[own]) * product.x_pitch;
     }
+#else
+    constexpr int STEP = NUM_COPIERS / 32, NUM_STEPS = (MAX_ROWS + STEP - 1) / STEP;
+    uint32_t offsets[(NUM_STEPS + 31) / 32];
+#pragma unroll
+    for (int i = 0; i < (NUM_STEPS + 31) / 32; i++) {
+        const int own = work.start + min(STEP * (32 * i + lane) + warp, work.count - 1);
+        offsets[i] = (product.row_ids == nullptr ? own : product.row_ids[own]) * product.x_pitch;
+    }
+    const int chunk = lane / 16 * 4 + lane % 4, word = lane % 16 / 4 * 4;
+#endif
     const size_t first_tile = static_cast<size_t>(work.expert) * product.num_strips + work.first_strip;
     const int strips = min(8 * STRIPS, product.num_strips - work.first_strip);
     for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
@@ -88,18 +104,38 @@ __device__ __forceinline__ void copy_rows(const Product& product, const Work& wo
             if (FAMILY <= 3 && i % (NUM_LOADS * 4) == 0) prefetch(product.planes.scales + tile * SCALE_BYTES);
         }
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-        const __half* source = product.x + column_tile * 64 + lane * 2;
         const uint32_t stage = ring.memory();
+#if COPY_BYTES == 16
+        const __half* source = product.x + column_tile * 64 + lane % 8 * 8;
 #pragma unroll
-        for (int i = 0; i < MAX_ROWS / 4; i++) {
-            const uint32_t row_offset = __shfl_sync(0xffffffffu, offset, i);
-            if (4 * i + warp < work.count)
-                copy_word(stage + i / 2 * 8 * ROW_BYTES + places[i % 2], source + row_offset);
+        for (int i = 0; i < NUM_STEPS; i++) {
+            const int row = STEP * i + sub;
+            if (row < work.count) copy_piece(stage + row * ROW_BYTES + (lane % 8 ^ row % 8) * 16, source + offsets[i]);
         }
-        arrive_with_copies(ring.full + ring.stage * 8);
+#else
+        const __half* source = product.x + column_tile * 64 + lane * 2;
+#pragma unroll 4
+        for (int i = 0; i < NUM_STEPS; i++) {
+            const uint32_t offset = __shfl_sync(0xffffffffu, NUM_STEPS > 32 && i >= 32 ? offsets[NUM_STEPS / 33] : offsets[0], i % 32);
+            const int row = STEP * i + warp;
+            if (row < work.count) copy_word(stage + row * ROW_BYTES + (chunk ^ row % 8) * 16 + word, source + offset);
+        }
+#endif
+        arrive_with_copies(ring.landed + ring.stage * 8);
         ring.advance();
     }
 }
+
+#if FENCE == 1
+__device__ __forceinline__ void relay_stages(const Product& product, Ring& ring) {
+    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
+        await_barrier(ring.landed + ring.stage * 8, ring.phase);
+        show_to_products();
+        if (threadIdx.x % 32 == 0) arrive(ring.full + ring.stage * 8);
+        ring.advance();
+    }
+}
+#endif
 
 // The largest exponents of rows g and g + 8 of a strip.
 __device__ __forceinline__ void find_largest(const Planes& planes, size_t first_tile, int column_tiles, int lane,
@@ -233,7 +269,7 @@ __device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 
 template <int STRIPS>
 __device__ __forceinline__ void multiply(const Product& product, const Work& work, Ring& ring) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int group = warp / 4 - NUM_COPIERS / 128, column_tiles = product.column_tiles;
+    const int group = warp / 4 - 1, column_tiles = product.column_tiles;
     int strips[STRIPS], largest[STRIPS][2] = {};
     size_t first_tiles[STRIPS];
     Tile next[STRIPS];
@@ -246,19 +282,23 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
         load_tile(next[s], product.planes, first_tiles[s], lane);
         if (FAMILY == 0) find_largest(product.planes, first_tiles[s], column_tiles, lane, largest[s]);
     }
+    Tile tiles[STRIPS];
+    uint32_t a[2][STRIPS][2][4];
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++) {
+        tiles[s] = next[s];
+        decode_scaled(tiles[s], 0, largest[s], a[0][s]);
+    }
     int last_stage = -1;
     for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
-        Tile tiles[STRIPS];
-        uint32_t a[2][STRIPS][2][4];
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) {
-            tiles[s] = next[s];
-            if (column_tile + 1 < column_tiles)
-                load_tile(next[s], product.planes, first_tiles[s] + column_tile + 1, lane);
-            decode_scaled(tiles[s], 0, largest[s], a[0][s]);
-        }
         await_barrier(ring.full + ring.stage * 8, ring.phase);
+#if FENCE == 0
         show_to_products();
+#endif
+        const bool is_last = column_tile + 1 == column_tiles;
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++)
+            if (!is_last) load_tile(next[s], product.planes, first_tiles[s] + column_tile + 1, lane);
         const uint64_t b = operand(ring.memory());
 #pragma unroll
         for (int block = 0; block < 2; block++) {
@@ -272,10 +312,11 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
                 start_products<STRIPS, 32>(sums, a[block], b + block * 4, column_tile + block);
             // The products before these are done; while these run, the next ones' weights are decoded.
             await_products<1>();
-            if (block == 0) {
-                if (last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
+            if (block == 0 && last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
 #pragma unroll
-                for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 1, largest[s], a[1][s]);
+            for (int s = 0; s < STRIPS; s++) {
+                if (block == 1) tiles[s] = next[s];
+                decode_scaled(tiles[s], 1 - block, largest[s], a[1 - block][s]);
             }
         }
         last_stage = ring.stage;
@@ -293,22 +334,29 @@ __device__ __forceinline__ void run(const Product& product) {
     start_dependents();
     Ring ring;
     ring.stages = (shared_address(memory) + 1023) & ~1023u;
-    ring.full = ring.stages + NUM_STAGES * STAGE_BYTES;
-    ring.empty = ring.full + NUM_STAGES * 8;
+    asm volatile("" : "+r"(ring.stages));
+    ring.landed = ring.stages + NUM_STAGES * STAGE_BYTES;
+    ring.empty = ring.landed + NUM_STAGES * 8;
+    ring.full = FENCE == 1 ? ring.empty + NUM_STAGES * 8 : ring.landed;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
-            make_barrier(ring.full + stage * 8, NUM_COPIERS);
+            make_barrier(ring.landed + stage * 8, NUM_COPIERS);
+            if (FENCE == 1) make_barrier(ring.full + stage * 8, 1);
             make_barrier(ring.empty + stage * 8, NUM_MULTIPLIERS / 32);
         }
     }
     __syncthreads();
     await_inputs();
     const int num_tiles = product.num_row_tiles * ((product.num_strips + 8 * STRIPS - 1) / (8 * STRIPS));
-    if (threadIdx.x < NUM_COPIERS) {
+    if (threadIdx.x < 128) {
         leave_registers<56>();
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             const Work work = find_work<STRIPS>(product, tile);
-            if (work.count > 0) copy_rows<STRIPS>(product, work, ring);
+            if (work.count == 0) continue;
+            if (threadIdx.x < NUM_COPIERS) copy_rows<STRIPS>(product, work, ring);
+#if FENCE == 1
+            else relay_stages(product, ring);
+#endif
         }
         return;
     }
@@ -329,7 +377,7 @@ __device__ __forceinline__ void run(const Product& product) {
 #endif
 
 #define PRODUCT(STRIPS)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(NUM_COPIERS + NUM_MULTIPLIERS, 1) product_wgmma_##STRIPS(            \
+    extern "C" __global__ void __launch_bounds__(384, 1) product_wgmma_##STRIPS(            \
         const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias,          \
         const __half* x, void* values, const int* row_ids, const int4* groups, int x_pitch, int pitch, int num_rows,  \
         int num_outputs, int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {          \
