@@ -15,7 +15,7 @@ import pycuda.driver as cuda
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from services.executor.cuda.kernels import SOURCES
+from services.executor.cuda.kernels import SOURCES, Entry
 from shared.cuda_compile import Compiler, Module, architecture
 from shared.errors import Reason, ServiceError
 
@@ -53,7 +53,7 @@ class Device:
 
     def load(
         self,
-        modules: Mapping[Module, Sequence[tuple[str, str, str]]],  # (name here, name of the entry point, types)
+        modules: Mapping[Module, Sequence[Entry]],
         cache: Path | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> None:

@@ -21,6 +21,8 @@ EPILOGUES = ("store", "residual", "gelu", "swiglu")
 FEW_TYPES = "PPPPPPPPPPiiiiiiiiif"
 ROWS_TYPES = "PPPPPPPPPiiiiiiiii"
 TILED_TYPES = "PPPPPPPPPiiiiiii"
+WGMMA_STAGES = 10  # of 128 rows by 64 columns of x, in shared memory
+WGMMA_BYTES = WGMMA_STAGES * (128 * 64 * 2 + 24) + 1024  # stages and their barriers, and room to align them
 
 
 def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Sequence[Entry]]:
@@ -33,21 +35,33 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("norm"): [("rms_norm", "rms_norm", "PPPiif"), ("layer_norm", "layer_norm", "PPPPiif")],
         Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
+        Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,
         Module("attention_decode", head): [("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiif")],
+        Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiii")],
     }
     if config.num_experts:
         modules[Module("route")] = [
             ("router", "router", "PPPPiii"),
             ("choose_experts", "choose_experts", "PPPiii"),
-            ("sort_pairs", "sort_pairs", "PPPPiiiii"),
             ("route", "route", "PPPPPPiiiii"),
             ("normed_route", "normed_route", "PPPPPPPPPPPPiiiiiif"),
             ("combine", "combine", "PPPPii"),
         ]
+        modules[Module("router_many")] = [("router_many", "router_many", "PPPPiiii")]
+        modules[Module("sort")] = [("sort_pairs", "sort_pairs", "PPPPiiiii")]
     for family in sorted(set(families)):
         modules |= product_modules(family)
     return modules
+
+
+def wgmma_strips(family: Family) -> Sequence[int]:
+    """How many strips a warp of product_wgmma.cu takes; of wide weights the registers hold one."""
+    return (1, 2) if family <= Family.INT8 else (1,)
+
+
+def wgmma_module(family: Family) -> Module:
+    return Module("product_wgmma", (("FAMILY", int(family)), ("NUM_STAGES", WGMMA_STAGES)))
 
 
 def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
@@ -59,6 +73,10 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
             (f"product_rows_{tiles}_{suffix}", f"product_rows_{tiles}", ROWS_TYPES) for tiles in PRODUCT_TILES
         ],
         Module("product_tiled", constants): [(f"product_tiled_{suffix}", "product_tiled", TILED_TYPES)],
+        wgmma_module(family): [
+            (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", TILED_TYPES + "ii")
+            for strips in wgmma_strips(family)
+        ],
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }
     if family in EXACT:

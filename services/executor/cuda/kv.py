@@ -55,11 +55,13 @@ class Shape:
     table_width: int  # logical blocks
     tile_rows: int  # rows of queries in an item, 16 or 32
     num_splits: int  # of an item's positions, in layers that see all
+    num_wide: int = 0  # items of prompts, the first ones, which attention_prefill.cu takes
+    wide_tokens: int = 0  # rows of one of those at most
 
     @property
     def is_decode(self) -> bool:
         """Whether each row is the one of its sequence."""
-        return self.num_rows == self.num_sequences == self.num_items
+        return self.num_rows == self.num_sequences == self.num_items and self.num_wide == 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def pack(batch: StepBatch, step: CudaStep, block_size: int, item_tokens: int, ba
     view(step.token_ids, num_rows)[:] = batch.token_ids
     view(step.positions, num_rows)[:] = batch.positions
     view(step.logits_rows, len(batch.logits_rows))[:] = batch.logits_rows
-    items = make_items(batch, item_tokens)
+    items = make_items(batch, item_tokens, step.shape.wide_tokens)
     view(step.items, items.size)[:] = items.reshape(-1)
     for name, address in step.tables.items():
         places = view(step.places[name], step.shape.num_rows)
@@ -122,12 +124,31 @@ def pack(batch: StepBatch, step: CudaStep, block_size: int, item_tokens: int, ba
     return ints
 
 
-def make_items(batch: StepBatch, item_tokens: int) -> NDArray[np.int32]:
-    """Rows of one sequence that are attended to together: (items, 4), as `CudaStep.items`."""
-    items = []
+def make_items(batch: StepBatch, item_tokens: int, wide_tokens: int = 0) -> NDArray[np.int32]:
+    """Rows of one sequence that are attended to together: (items, 4), as `CudaStep.items`.
+
+    Args:
+        item_tokens: rows of an item at most.
+        wide_tokens: the same for sequences of more rows than `item_tokens`, whose items come first; 0: none are wide.
+    """
+    wide: list[tuple[int, int, int, int]] = []
+    items: list[tuple[int, int, int, int]] = []
     for index, sequence in enumerate(batch.sequences):
         position = sequence.context_length - sequence.num_tokens
-        for first in range(0, sequence.num_tokens, item_tokens):
-            count = min(item_tokens, sequence.num_tokens - first)
-            items.append((sequence.start + first, count, position + first, index))
-    return np.array(items, np.int32).reshape(-1, 4)
+        is_wide = wide_tokens > 0 and sequence.num_tokens > item_tokens
+        tokens = wide_tokens if is_wide else item_tokens
+        for first in range(0, sequence.num_tokens, tokens):
+            count = min(tokens, sequence.num_tokens - first)
+            (wide if is_wide else items).append((sequence.start + first, count, position + first, index))
+    return np.array(wide + items, np.int32).reshape(-1, 4)
+
+
+def count_items(batch: StepBatch, item_tokens: int, wide_tokens: int) -> tuple[int, int]:
+    """How many items `make_items` makes, wide ones and others."""
+    num_wide = num_items = 0
+    for sequence in batch.sequences:
+        if sequence.num_tokens > item_tokens:
+            num_wide += -(-sequence.num_tokens // wide_tokens)
+        else:
+            num_items += 1
+    return num_wide, num_items

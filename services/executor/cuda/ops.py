@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass, replace
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES
+from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES, WGMMA_BYTES, wgmma_strips
 from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
+from services.executor.cuda.tiles import choose_tile
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
 from services.executor.ops.numpy_ops import rope_frequencies
 from shared.cuda_layout import TILE_COLUMNS, Family
@@ -25,6 +26,7 @@ LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
 FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
+MANY_ROWS = 64  # past them routing and storing keys have kernels of their own
 GROUPED_ROWS = 512  # up to here experts have few rows each: product_rows.cu, else product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
@@ -191,6 +193,7 @@ class CudaOps:
         self._device, self._config, self._workspace = device, config, workspace
         self._block_size = block_size
         self._angles = 0
+        self._is_hopper = device.capability == (9, 0)  # where product_wgmma.cu takes the products of many rows
         if config.rope is not None:
             frequencies = rope_frequencies(config.rope, config.head_size)
             self._frequencies = device.allocate(frequencies.nbytes)
@@ -271,14 +274,16 @@ class CudaOps:
         config, workspace = self._config, self._workspace
         if step.shape.is_decode and config.num_heads // config.num_kv_heads <= MAX_GROUP:
             return Unplaced(rotate)
-        self._device.launch(
-            "store_kv",
-            (config.num_heads + 2 * config.num_kv_heads, step.shape.num_rows, 1),
-            32,
-            *(workspace.qkv, workspace.angles if rotate else 0, step.places[kv.group]),
-            *(workspace.queries, kv.keys, kv.values),
-            *(config.num_heads, config.num_kv_heads, self._block_size, LOG2_E / math.sqrt(config.head_size)),
-        )
+        num_rows, num_all = step.shape.num_rows, config.num_heads + 2 * config.num_kv_heads
+        addresses = (workspace.qkv, workspace.angles if rotate else 0, step.places[kv.group])
+        targets = (workspace.queries, kv.keys, kv.values)
+        scale = LOG2_E / math.sqrt(config.head_size)
+        sizes = (config.num_heads, config.num_kv_heads, self._block_size, scale)
+        if num_rows > MANY_ROWS:
+            grid = (num_all, -(-num_rows // 32), 1)
+            self._device.launch("store_kv_many", grid, 256, *addresses, *targets, *sizes, num_rows)
+        else:
+            self._device.launch("store_kv", (num_all, num_rows, 1), 32, *addresses, *targets, *sizes)
         return workspace.queries
 
     def attention(self, queries: int | Unplaced, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
@@ -287,14 +292,22 @@ class CudaOps:
         if isinstance(queries, Unplaced):
             self._attend_decoding(queries, kv, step, sinks, heads)
             return heads
-        self._device.launch(
-            f"attention_{shape.tile_rows // 16}",
-            (config.num_kv_heads, shape.num_items, 1 if kv.window else shape.num_splits),
-            128,
-            *(queries, kv.keys, kv.values, step.items, step.tables[kv.group], sinks.address if sinks else 0),
-            *(heads.address, self._workspace.partials, self._workspace.counters),
-            *(config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch),
-        )
+        tables, sink_address = step.tables[kv.group], sinks.address if sinks else 0
+        sizes = (config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch)
+        if shape.num_wide:
+            addresses = (queries, kv.keys, kv.values, step.items, tables, sink_address, heads.address)
+            grid = (config.num_kv_heads, shape.num_wide, 1)
+            self._device.launch("attention_prefill", grid, 128, *addresses, *sizes)
+        if shape.num_items > shape.num_wide:
+            items = step.items + 16 * shape.num_wide
+            self._device.launch(
+                f"attention_{shape.tile_rows // 16}",
+                (config.num_kv_heads, shape.num_items - shape.num_wide, 1 if kv.window else shape.num_splits),
+                128,
+                *(queries, kv.keys, kv.values, items, tables, sink_address),
+                *(heads.address, self._workspace.partials, self._workspace.counters),
+                *sizes,
+            )
         return heads
 
     def route(self, logits: Product, num_used: int) -> Routing:
@@ -304,7 +317,7 @@ class CudaOps:
         assert bias is not None
         num_rows = x.num_rows
         pairs = num_rows * num_used
-        group_rows = _group_rows(num_rows)
+        group_rows = TILED_ROWS if self._is_hopper and num_rows > SMALL_ROWS else _group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
             assert pairs <= SORTED_PAIRS
@@ -320,7 +333,11 @@ class CudaOps:
             )
             return Routing(normed, num_used, pairs, group_rows, max_groups, is_sorted=num_rows > 1)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
-        device.launch("router", (num_experts, -(-num_rows // 8), 1), 256, *addresses, num_rows, x.width, x.pitch)
+        if num_rows > MANY_ROWS:
+            grid = (-(-num_rows // 32), -(-num_experts // 32), 1)
+            device.launch("router_many", grid, 256, *addresses, num_rows, num_experts, x.width, x.pitch)
+        else:
+            device.launch("router", (num_experts, -(-num_rows // 8), 1), 256, *addresses, num_rows, x.width, x.pitch)
         routing = Routing(x, num_used, pairs, group_rows, max_groups)
         if pairs <= SORTED_PAIRS:
             self._sort(routing)
@@ -401,7 +418,9 @@ class CudaOps:
         x = self.halves(x)
         addresses = (*planes, x.address, address, 0, 0)
         numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
-        if x.num_rows > SMALL_ROWS:
+        if x.num_rows > SMALL_ROWS and self._is_hopper:
+            self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
+        elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
             self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
         else:
@@ -431,7 +450,9 @@ class CudaOps:
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
-        if routing.group_rows == TILED_ROWS:
+        if routing.group_rows == TILED_ROWS and self._is_hopper:
+            self._launch_wgmma(family, strips, 0, addresses, numbers, num_groups)
+        elif routing.group_rows == TILED_ROWS:
             grid = (-(-strips // NUM_WARPS), num_groups, 1)
             self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
         else:
@@ -570,6 +591,25 @@ class CudaOps:
             shared_bytes=decode_shared(padded_head_size(config)),
         )
 
+    def _launch_wgmma(
+        self,
+        family: Family,
+        num_strips: int,
+        num_rows: int,
+        addresses: tuple[int, ...],
+        numbers: tuple[int, ...],  # with column tiles and strips
+        num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
+    ) -> None:
+        strips, rows = wgmma_strips(family)[-1], TILED_ROWS
+        if num_groups == 0:
+            choices, num_processors = wgmma_strips(family), self._device.num_multiprocessors
+            strips, rows = choose_tile(num_rows, num_strips, numbers[4], family, choices, num_processors)
+        num_row_tiles = num_groups or -(-num_rows // rows)
+        num_tiles = num_row_tiles * -(-num_strips // (8 * strips))
+        grid = (min(num_tiles, self._device.num_multiprocessors), 1, 1)
+        name = f"product_wgmma_{strips}_{family.name}"
+        self._device.launch(name, grid, 384, *addresses, *numbers, rows, num_row_tiles, shared_bytes=WGMMA_BYTES)
+
     def _combine(self, x: Floats, outputs: ExpertOutputs) -> None:
         workspace = self._workspace
         addresses = (outputs.address, workspace.pair_places, workspace.expert_weights, x.address)
@@ -617,3 +657,9 @@ def _group_rows(num_rows: int) -> int:
 def item_tokens(config: GPTConfig, tile_rows: int) -> int:
     """Tokens of an item of attention, whose rows of queries fill a tile."""
     return tile_rows // (config.num_heads // config.num_kv_heads)
+
+
+def wide_tokens(config: GPTConfig) -> int:
+    """The same of an item of attention_prefill.cu."""
+    rows = 128 if padded_head_size(config) <= 64 else 64
+    return rows // (config.num_heads // config.num_kv_heads)

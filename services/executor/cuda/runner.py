@@ -20,6 +20,7 @@ from services.executor.cuda.kv import (
     Shape,
     allocate_kv,
     block_bytes,
+    count_items,
     lay_out,
     pack,
     padded_head_size,
@@ -32,6 +33,7 @@ from services.executor.cuda.ops import (
     Product,
     Workspace,
     item_tokens,
+    wide_tokens,
 )
 from services.executor.cuda.weights import CudaWeights
 from services.executor.models import MODELS
@@ -139,15 +141,13 @@ class CudaRunner:
         num_rows, num_logits, num_sequences = len(batch.token_ids), len(batch.logits_rows), len(batch.sequences)
         longest = max(sequence.context_length for sequence in batch.sequences)
         table_width = 1 << max(3, (-(-longest // self._block_size) - 1).bit_length())
-        if not _is_decode(batch) or num_rows > GRAPH_ROWS[-1]:
-            shared = self._config.num_heads // self._config.num_kv_heads
-            is_wide = padded_head_size(self._config) <= 64 and num_rows > num_sequences
-            tile_rows = 32 if is_wide or shared > 16 else 16
-            tokens = item_tokens(self._config, tile_rows)
-            num_items = sum(-(-sequence.num_tokens // tokens) for sequence in batch.sequences)
-            return Shape(num_rows, num_logits, num_sequences, num_items, table_width, tile_rows, 1)
-        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
         tile_rows = 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+        if not _is_decode(batch) or num_rows > GRAPH_ROWS[-1]:
+            tokens, wide = item_tokens(self._config, tile_rows), wide_tokens(self._config)
+            num_wide, num_narrow = count_items(batch, tokens, wide)
+            num_items = num_wide + num_narrow
+            return Shape(num_rows, num_logits, num_sequences, num_items, table_width, tile_rows, 1, num_wide, wide)
+        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
         return Shape(rows, rows, rows, rows, table_width, tile_rows, self._num_splits(rows, table_width))
 
     def graph(self, shape: Shape) -> Graph:

@@ -42,8 +42,8 @@ __device__ __forceinline__ void multiply_stage(const Tile (&tiles)[STRIPS], cons
             for (int s = 0; s < STRIPS; s++) {
                 float(&sum)[4] = sums[s][n];
                 if (IS_SCALED) {
-                    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                    multiply_add(c, low[s][0], high[s][0], low[s][1], high[s][1], b.x, b.y);
+                    float c[4];
+                    multiply(c, low[s][0], high[s][0], low[s][1], high[s][1], b.x, b.y);
                     multiply_add(c, low[s][2], high[s][2], low[s][3], high[s][3], b.z, b.w);
                     sum[0] += c[0] * low_scale[s];
                     sum[1] += c[1] * low_scale[s];

@@ -71,51 +71,7 @@ extern "C" __global__ void __launch_bounds__(128) choose_experts(const float* lo
                weights + row * num_used);
 }
 
-// All threads of a block: pairs by expert, and groups. An expert is one warp's at a time.
-__device__ __forceinline__ void sort(const int* ids, int num_pairs, int num_experts, int num_used, int group_rows,
-                                     int max_groups, int* row_ids, int* places, int4* groups) {
-    __shared__ int counts[MAX_EXPERTS], starts[MAX_EXPERTS], first_groups[MAX_EXPERTS];
-    __shared__ int num_groups;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    for (int expert = warp; expert < num_experts; expert += num_warps) {
-        int count = 0;
-        for (int pair = lane; pair < num_pairs; pair += 32) count += ids[pair] == expert;
-        count = __reduce_add_sync(0xffffffffu, count);
-        if (lane == 0) counts[expert] = count;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int start = 0, group = 0;
-        for (int expert = 0; expert < num_experts; expert++) {
-            starts[expert] = start;
-            first_groups[expert] = group;
-            start += counts[expert];
-            group += (counts[expert] + group_rows - 1) / group_rows;
-        }
-        num_groups = group;
-    }
-    __syncthreads();
-    for (int expert = warp; expert < num_experts; expert += num_warps) {
-        int place = starts[expert];
-        for (int first = 0; counts[expert] > 0 && first < num_pairs; first += 32) {
-            const int pair = first + lane;
-            const bool is_ours = pair < num_pairs && ids[pair] == expert;
-            const unsigned ours = __ballot_sync(0xffffffffu, is_ours);
-            if (is_ours) {
-                const int own = place + __popc(ours & ((1u << lane) - 1u));
-                row_ids[own] = pair / num_used;
-                places[pair] = own;
-            }
-            place += __popc(ours);
-        }
-        for (int i = lane; i * group_rows < counts[expert]; i += 32)
-            groups[first_groups[expert] + i] =
-                make_int4(expert, starts[expert] + i * group_rows, min(group_rows, counts[expert] - i * group_rows), 0);
-    }
-    for (int group = num_groups + threadIdx.x; group < max_groups; group += blockDim.x) groups[group] = make_int4(0, 0, 0, 0);
-}
-
-// The same for at most MAX_SORTED pairs: each finds its place by itself.
+// All threads of a block: at most MAX_SORTED pairs by expert, each finds its place by itself; and groups.
 __device__ __forceinline__ void sort_few(const int* ids, int num_pairs, int num_experts, int num_used, int group_rows,
                                          int max_groups, int* row_ids, int* places, int4* groups) {
     __shared__ int experts[MAX_SORTED], counts[MAX_EXPERTS], starts[MAX_EXPERTS], first_groups[MAX_EXPERTS];
@@ -161,19 +117,7 @@ __device__ __forceinline__ void sort_few(const int* ids, int num_pairs, int num_
     for (int group = num_groups + threadIdx.x; group < max_groups; group += blockDim.x) groups[group] = make_int4(0, 0, 0, 0);
 }
 
-// Launch: grid (1), 1024 threads, after choose_experts.
-extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  // (rows, num_used)
-                                                              int* row_ids,    // (pairs,) row of each sorted pair
-                                                              int* places,     // (pairs,) where each pair went
-                                                              int4* groups,    // (max_groups,): expert, start, rows
-                                                              int num_rows, int num_experts, int num_used,
-                                                              int group_rows, int max_groups) {
-    await_inputs();
-    start_dependents();
-    sort(ids, num_rows * num_used, num_experts, num_used, group_rows, max_groups, row_ids, places, groups);
-}
-
-// Both at once, for at most MAX_SORTED pairs. Launch: grid (1), 1024 threads.
+// Choice and order at once, for at most MAX_SORTED pairs; of more sort.cu finds the order. Launch: grid (1), 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024) route(const float* logits, int* ids, float* weights, int* row_ids,
                                                          int* places, int4* groups, int num_rows, int num_experts,
                                                          int num_used, int group_rows, int max_groups) {

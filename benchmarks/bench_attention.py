@@ -1,0 +1,83 @@
+"""Attention of prompts at gpt-oss-20b's shapes, in TFLOP/s: `python -m benchmarks.bench_attention`.
+
+A prompt's rows from some position on, over random keys and values in blocks in random order; one full layer and one
+windowed. attention_prefill.cu is measured beside attention.cu.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from benchmarks.bench_cuda import BLOCK_SIZE, GPT_OSS_20B
+from services.executor.cuda.device import Device
+from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kv import make_items
+from services.executor.cuda.ops import item_tokens, wide_tokens
+from services.executor.step import SequenceSlice, StepBatch
+
+SIZES = [(0, 1024), (0, 8192), (6144, 2048), (28672, 4096)]  # first position, rows
+
+
+def main() -> None:
+    device = Device()
+    try:
+        modules = modules_of(GPT_OSS_20B, [])
+        device.load({module: entries for module, entries in modules.items() if "attention" in module.source})
+        print(f"{device.name}: first position, rows; microseconds, TFLOP/s of what is seen")
+        for start, num_rows in SIZES:
+            measure(device, start, num_rows)
+    finally:
+        device.close()
+
+
+def measure(device: Device, start: int, num_rows: int) -> None:
+    config, random = GPT_OSS_20B, np.random.default_rng(start)
+    num_blocks = -(-(start + num_rows) // BLOCK_SIZE)
+    table = random.permutation(num_blocks).astype(np.int32)
+    pool = random.standard_normal((num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_size)).astype(np.float16)
+    queries = random.standard_normal((num_rows, config.num_heads, config.head_size)).astype(np.float16)
+    batch = StepBatch(
+        np.zeros(num_rows, np.int32),
+        np.arange(start, start + num_rows, dtype=np.int32),
+        [SequenceSlice(0, num_rows, start + num_rows, {})],
+        np.zeros(0, np.int32),
+    )
+    narrow, wide = (make_items(batch, tokens) for tokens in (item_tokens(config, 32), wide_tokens(config)))
+    sinks = random.standard_normal(config.num_heads).astype(np.float32)
+    sources = (queries, pool, pool[::-1].copy(), narrow, wide, table, sinks)
+    addresses = [device.allocate(part.nbytes) for part in sources]
+    for address, part in zip(addresses, sources, strict=True):
+        device.upload(address, part)
+    queries_at, keys, values, narrow_at, wide_at, table_at, sinks_at = addresses
+    out = [device.allocate(2 * num_rows * config.query_size) for _ in range(2)]
+    counters = device.allocate(4 * len(narrow) * config.num_kv_heads)
+    for window in (0, config.sliding_window):
+        sizes = (config.num_heads, config.num_kv_heads, BLOCK_SIZE, num_blocks, window, config.query_size)
+
+        def run_wide(sizes: tuple[int, ...] = sizes) -> None:
+            arguments = (queries_at, keys, values, wide_at, table_at, sinks_at, out[0], *sizes)
+            device.launch("attention_prefill", (config.num_kv_heads, len(wide), 1), 128, *arguments)
+
+        def run_narrow(sizes: tuple[int, ...] = sizes) -> None:
+            arguments = (queries_at, keys, values, narrow_at, table_at, sinks_at, out[1], 0, counters, *sizes)
+            device.launch("attention_2", (config.num_kv_heads, len(narrow), 1), 128, *arguments)
+
+        seen = np.arange(start + 1, start + num_rows + 1)
+        flops = 4.0 * config.query_size * (np.minimum(seen, window) if window else seen).sum()
+        taken = []
+        for run in (run_wide, run_narrow):
+            run()
+            taken.append(statistics.median(device.measure(run) for _ in range(5)))
+        found = [np.empty((num_rows, config.query_size), np.float16) for _ in out]
+        for address, array in zip(out, found, strict=True):
+            device.download(address, array)
+        device.synchronize()
+        differs = float(np.abs(found[0].astype(np.float32) - found[1].astype(np.float32)).max())
+        rates = ", ".join(f"{microseconds:.0f} us {flops / microseconds / 1e6:.0f}" for microseconds in taken)
+        print(f"{start:6} {num_rows:6} window {window:4}: prefill, decode kernel: {rates}; differ by {differs:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Products of many rows at gpt-oss-20b's shapes, kernel by kernel, in TFLOP/s.
+
+`python -m benchmarks.bench_products` times product_wgmma.cu in tiles of several sizes beside product_tiled.cu, with
+random weights in the official file's types, and checks sampled outputs of each against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.executor.cuda.device import Device
+from services.executor.cuda.kernels import product_modules, wgmma_strips
+from shared.cuda_layout import TILES, Family
+
+NUM_EXPERTS, NUM_USED, HIDDEN, GROUP_ROWS = 32, 4, 2880, 128
+STORE, SWIGLU = 0, 3
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+Array = NDArray[Any]
+
+
+class Weights:
+    """Random matrices of experts (or of one) on the device, their planes on the host too."""
+
+    def __init__(self, device: Device, family: Family, num_experts: int, num_strips: int, num_inputs: int) -> None:
+        random = np.random.default_rng(num_strips)
+        self.family, self.num_strips, self.num_inputs = family, num_strips, num_inputs
+        self.column_tiles = -(-num_inputs // 64)
+        grid = (num_experts, num_strips, self.column_tiles)
+        (_, dtype, axes), (_, scale_dtype, scale_axes) = TILES[family]
+        shape = (*grid, *axes.values())
+        self.quants = np.frombuffer(random.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+        shape = (*grid, *scale_axes.values())
+        if family == Family.MXFP4:
+            self.scales: Array = random.integers(117, 123, shape, np.uint8)
+        else:
+            self.scales = random.uniform(1e-4, 4e-4, shape).astype(scale_dtype)
+        self.bias = random.standard_normal((num_experts, 16 * num_strips)).astype(np.float32)
+        self.addresses = [device.allocate(part.nbytes) for part in (self.quants, self.scales, self.bias)]
+        for address, part in zip(self.addresses, (self.quants, self.scales, self.bias), strict=True):
+            device.upload(address, part)
+        device.synchronize()
+
+    def strip(self, expert: int, strip: int) -> Array:
+        """The values of a strip, (16, 64 column tiles) float64."""
+        quants, scales = self.quants[expert, strip], self.scales[expert, strip]
+        if self.family == Family.MXFP4:
+            codes = np.empty((*quants.shape, 8), np.float64)  # tile, g, t, b, u, v
+            for pair, (sign, magnitude) in enumerate(((15, 9), (12, 6), (14, 3), (13, 0))):
+                for upper in range(2):
+                    size = E2M1[quants >> (magnitude + 16 * upper) & 7]
+                    codes[..., 2 * pair + upper] = np.where(quants >> (sign + 16 * upper) & 1, -size, size)
+            by_block = np.exp2(scales.astype(np.float64) - 127)  # tile, g, b, u
+            return (codes * by_block[:, :, None, :, :, None]).transpose(4, 1, 0, 3, 2, 5).reshape(16, -1)
+        codes = quants.astype(np.float64) - 128  # tile, b, g, t, u, v
+        by_block = scales.astype(np.float64).transpose(0, 2, 1, 3)  # tile, b, g, u
+        return (codes * by_block[:, :, :, None, :, None]).transpose(4, 2, 0, 1, 3, 5).reshape(16, -1)
+
+
+class Problem:
+    """x @ weights for some rows, of one matrix or of the experts that each row is routed to."""
+
+    def __init__(self, device: Device, weights: Weights, num_tokens: int, epilogue: int, is_grouped: bool) -> None:
+        random = np.random.default_rng(num_tokens)
+        self.device, self.weights, self.epilogue = device, weights, epilogue
+        self.pitch_in = weights.column_tiles * 64
+        self.is_grouped, gathers = is_grouped, is_grouped and epilogue == SWIGLU
+        self.num_rows = num_tokens * (NUM_USED if is_grouped else 1)
+        num_inputs_rows = num_tokens if gathers or not is_grouped else self.num_rows
+        self.x = np.zeros((num_inputs_rows, self.pitch_in), np.float16)
+        self.x[:, : weights.num_inputs] = random.standard_normal((num_inputs_rows, weights.num_inputs))
+        self.outputs = weights.num_strips * (8 if epilogue == SWIGLU else 16)
+        self.item = np.dtype(np.float16 if epilogue == SWIGLU else np.float32)
+        self.groups, self.row_ids = np.zeros((0, 4), np.int32), np.arange(self.num_rows, dtype=np.int32)
+        if is_grouped:
+            self._route(random, num_tokens, gathers)
+        self.addresses = [device.allocate(part.nbytes) for part in (self.x, self.row_ids, self.groups)]
+        for address, part in zip(self.addresses, (self.x, self.row_ids, self.groups), strict=True):
+            device.upload(address, part)
+        self.out = device.allocate(self.num_rows * self.outputs * self.item.itemsize)
+        device.synchronize()
+
+    def _route(self, random: np.random.Generator, num_tokens: int, gathers: bool) -> None:
+        experts = np.argsort(random.random((num_tokens, NUM_EXPERTS)), axis=1)[:, :NUM_USED].reshape(-1)
+        order = np.argsort(experts, kind="stable").astype(np.int32)
+        if gathers:
+            self.row_ids = order // NUM_USED
+        groups, start = [], 0
+        for expert, count in enumerate(np.bincount(experts, minlength=NUM_EXPERTS).tolist()):
+            pieces = -(-count // GROUP_ROWS)
+            size = -(-count // max(pieces, 1) // 8) * 8
+            for first in range(0, count, max(size, 1)):
+                groups.append((expert, start + first, min(size, count - first), 0))
+            start += count
+        groups += [(0, 0, 0, 0)] * (min(self.num_rows, NUM_EXPERTS + self.num_rows // GROUP_ROWS) - len(groups))
+        self.groups = np.array(groups, np.int32)
+
+    def arguments(self) -> tuple[int, ...]:
+        quants, scales, bias = self.weights.addresses
+        x, row_ids, groups = self.addresses
+        routed = (row_ids if len(self.x) < self.num_rows else 0, groups) if self.is_grouped else (0, 0)
+        addresses = (quants, scales, 0, bias, bias, x, self.out, *routed)
+        return (
+            *addresses,
+            *(self.pitch_in, self.outputs, self.num_rows, self.outputs, self.weights.column_tiles, self.epilogue),
+        )
+
+    @property
+    def tera(self) -> float:
+        return 2e-12 * self.num_rows * self.weights.num_strips * 16 * self.weights.num_inputs
+
+    def run_tiled(self) -> None:
+        strips = self.weights.num_strips
+        tiles = len(self.groups) if self.is_grouped else -(-self.num_rows // 128)
+        grid = (-(-strips // 8), tiles, 1)
+        self.device.launch(f"product_tiled_{self.weights.family.name}", grid, 256, *self.arguments(), strips)
+
+    def run_wgmma(self, strips_per_warp: int, tile_rows: int, suffix: str = "") -> None:
+        strips = self.weights.num_strips
+        rows = len(self.groups) if self.is_grouped else -(-self.num_rows // tile_rows)
+        tiles = rows * -(-strips // (8 * strips_per_warp))
+        name = f"product_wgmma_{strips_per_warp}_{self.weights.family.name}{suffix}"
+        grid = (min(tiles, self.device.num_multiprocessors), 1, 1)
+        self.device.launch(name, grid, 384, *self.arguments(), strips, tile_rows, rows)
+
+    def error(self) -> float:
+        """The largest error of sampled strips, relative to the sum of the products' sizes."""
+        found = np.empty((self.num_rows, self.outputs), self.item)
+        self.device.download(self.out, found)
+        self.device.synchronize()
+        random, worst = np.random.default_rng(5), 0.0
+        groups = self.groups[self.groups[:, 2] > 0] if self.is_grouped else np.array([(0, 0, self.num_rows, 0)])
+        for strip in {0, self.weights.num_strips - 1, *random.integers(0, self.weights.num_strips, 4).tolist()}:
+            expert, start, count, _ = groups[random.integers(len(groups))]
+            values = self.weights.strip(expert, strip)
+            x = self.x[self.row_ids[start : start + count]].astype(np.float64)
+            sums = x @ values.T + self.weights.bias[expert].astype(np.float64)[strip * 16 : strip * 16 + 16]
+            sizes = np.abs(x) @ np.abs(values).T + 1e-3
+            if self.epilogue == SWIGLU:
+                biases = self.weights.bias.reshape(-1)[expert * self.outputs + strip * 8 :][:8].astype(np.float64)
+                gate, up = (x @ values[half : half + 8].T + biases for half in (0, 8))
+                gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+                sums, sizes = gate / (1 + np.exp(-1.702 * gate)) * (up + 1), np.full(gate.shape, 56.0)
+            width = sums.shape[1]
+            part = found[start : start + count, strip * width : (strip + 1) * width].astype(np.float64)
+            assert np.isfinite(part).all()
+            worst = max(worst, float((np.abs(part - sums) / sizes).max()))
+        return worst
+
+
+def time_us(device: Device, work: Callable[[], None]) -> float:
+    work()
+    return statistics.median(device.measure(work, 2) for _ in range(5))
+
+
+def compare(problem: Problem, name: str, tiles: Sequence[tuple[int, int]], has_tiled: bool = True) -> None:
+    results = []
+    if has_tiled:
+        microseconds = time_us(problem.device, problem.run_tiled)
+        results.append(f"tiled {microseconds:.0f} us {problem.tera / microseconds * 1e6:.0f}")
+    for strips, rows in tiles:
+        microseconds = time_us(problem.device, lambda: problem.run_wgmma(strips, rows))  # noqa: B023
+        results.append(f"{128 * strips}x{rows} {microseconds:.0f} us {problem.tera / microseconds * 1e6:.0f}")
+        error = problem.error()
+        if not error < 5e-4:
+            results.append(f"WRONG by {error:.2g}")
+    print(f"{name:26} " + " | ".join(results), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    arguments = parser.parse_args()
+    device = Device()
+    try:
+        run(device, (2048,) if arguments.quick else (128, 256, 512, 2048, 8192))
+    finally:
+        device.close()
+
+
+def run(device: Device, sizes: Sequence[int]) -> None:
+    for family in (Family.MXFP4, Family.INT8):
+        device.load(product_modules(family))
+        assert 2 in wgmma_strips(family)
+    print(f"{device.name}: outputs x rows of a tile, microseconds, TFLOP/s")
+    matrices = {"q, k, v": (5120, HIDDEN), "o": (HIDDEN, 4096)}
+    dense = {name: Weights(device, Family.INT8, 1, -(-out // 16), size) for name, (out, size) in matrices.items()}
+    gate_up = Weights(device, Family.MXFP4, NUM_EXPERTS, 2 * HIDDEN // 16, HIDDEN)
+    down = Weights(device, Family.MXFP4, NUM_EXPERTS, HIDDEN // 16, HIDDEN)
+    for num_tokens in sizes:
+        for name, weights in dense.items():
+            tiles = [(2, 128), (1, 128), (1, 64)] if num_tokens <= 512 else [(2, 128), (2, 96)]
+            compare(Problem(device, weights, num_tokens, STORE, False), f"{name}, {num_tokens}", tiles)
+        tiles = [(2, 128), (1, 128)] if num_tokens <= 512 else [(2, 128)]
+        compare(Problem(device, gate_up, num_tokens, SWIGLU, True), f"gate and up, {num_tokens}", tiles)
+        compare(Problem(device, down, num_tokens, STORE, True), f"down, {num_tokens}", tiles)
+    head = Weights(device, Family.INT8, 1, 201088 // 16, HIDDEN)
+    compare(Problem(device, head, 256, STORE, False), "head, 256", [(2, 128), (2, 96), (1, 128)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""How product_wgmma.cu cuts a product into tiles, so that a GPU's multiprocessors are all busy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from shared.cuda_layout import TILES, Family
+
+TILE_ROWS = (32, 64, 96, 128)  # of x, that a tile can have
+STRIP_GROUP = 8  # warps that multiply; each takes one or two strips
+ROUND_BYTES = 20.0  # that the second cache gives a multiprocessor in a cycle
+START = 4096.0  # cycles of a tile beside its columns: until the first comes, and for its sums to be stored
+
+
+def choose_tile(
+    num_rows: int,
+    num_strips: int,
+    column_tiles: int,
+    family: Family,
+    strips_per_warp: Sequence[int],  # that a kernel takes
+    num_multiprocessors: int,
+) -> tuple[int, int]:
+    """The strips of a warp and the rows of a tile that are reckoned to take the least time."""
+    tile_bytes = sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
+
+    def cycles(choice: tuple[int, int]) -> float:
+        strips, rows = choice
+        num_tiles = -(-num_strips // (STRIP_GROUP * strips)) * -(-num_rows // rows)
+        rounds = -(-num_tiles // num_multiprocessors)
+        # A tensor core multiplies 16 outputs, 64 columns and 32 rows in 16 cycles; there are four.
+        multiply = strips * STRIP_GROUP * rows / 2
+        fetch = (rows * 128 + strips * STRIP_GROUP * tile_bytes) / ROUND_BYTES
+        return rounds * (column_tiles * max(multiply, fetch) + START)
+
+    return min(((strips, rows) for strips in strips_per_warp for rows in TILE_ROWS), key=cycles)
