@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from services.executor.immediate import ImmediateRunner
 from services.executor.step import FULL, WINDOW, KVGroup
 
 
@@ -21,7 +22,7 @@ def fake_logits(token_ids, window, vocab_size, positions=None):
     return _logits(everything, recent, vocab_size)
 
 
-class FakeRunner:
+class FakeRunner(ImmediateRunner):
     """Implements step.Runner over arrays of ids and positions."""
 
     def __init__(self, vocab_size=40, window=6, block_size=4, num_blocks=None):

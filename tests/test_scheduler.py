@@ -52,11 +52,13 @@ class Bench:
     def step(self):
         """Schedule and carry out; returns [(sequence, num_tokens)]."""
         plan = self.scheduler.schedule()
+        if plan:
+            self.scheduler.launch(plan)
+            self.scheduler.collect(plan)
         for share in plan.shares if plan else ():
             sequence, active = share.sequence, share.sequence.active
             sequence.num_computed += share.num_tokens
             self.blocks.advance(sequence)
-            active.num_scored_rows += share.num_scored_rows
             active.is_prompt_computed |= sequence.num_computed >= sequence.num_prompt_tokens
             if share.draws:
                 sequence.append(7)
@@ -191,10 +193,10 @@ def test_the_next_output_computes_the_prompt_when_the_first_is_gone():
 def test_the_batch_lies_sequence_after_sequence():
     bench = Bench()
     first, second = bench.add(3, first_id=10), bench.add(20, first_id=50)
-    bench.scheduler.schedule()
-    first.num_computed = 3
+    launched = bench.scheduler.schedule()
+    bench.scheduler.launch(launched)
+    bench.scheduler.collect(launched)
     first.append(7)
-    second.num_computed = 13
     plan = bench.scheduler.schedule()
     batch = plan.batch
     assert batch.token_ids.tolist() == [7, *range(63, 70)]
@@ -231,9 +233,8 @@ def test_scored_rows_are_bounded_and_asked_for_once():
         plan = bench.scheduler.schedule()
         (share,) = plan.shares
         rows.append((share.num_tokens, share.num_scored_rows, share.draws, plan.batch.logits_rows.tolist()))
-        sequence.num_computed += share.num_tokens
-        sequence.active.num_scored_rows += share.num_scored_rows
-        bench.blocks.advance(sequence)
+        bench.scheduler.launch(plan)
+        bench.scheduler.collect(plan)
     assert rows == [
         (5, 5, False, [0, 1, 2, 3, 4]),
         (5, 5, False, [0, 1, 2, 3, 4]),
