@@ -32,7 +32,7 @@ from tests.engine_harness import (
     run_alone,
     step,
 )
-from tests.fake_runner import FakeRunner
+from tests.fake_runner import FakeRunner, LateRunner
 
 SCARCE = {FULL: 20, WINDOW: 12}
 
@@ -251,18 +251,27 @@ def test_sixteen_requests_together_are_each_as_alone(seed):
         assert transcripts[request.request_id].outputs == run_alone(request).outputs
 
 
+@pytest.mark.parametrize("make_runner", [FakeRunner, LateRunner])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_traces(seed):
-    trace(seed)
+def test_random_traces(seed, make_runner):
+    trace(seed, make_runner)
 
 
-def trace(seed):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("first", range(100, 1100, 100))
+def test_a_thousand_random_traces_of_overlapping_steps(first):
+    for seed in range(first, first + 100):
+        trace(seed, LateRunner)
+
+
+def trace(seed, make_runner=FakeRunner):
     """Submits, cancels, scarce blocks: every invariant after every step, every survivor as alone."""
     rng = random.Random(seed)
-    runner = FakeRunner(window=rng.choice([1, 3, 6, 9]), num_blocks=SCARCE)
+    runner = make_runner(window=rng.choice([1, 3, 6, 9]), num_blocks=SCARCE)
     engine = make_engine(runner, max_batch_tokens=12, max_running=6, max_scored_rows=5)
     waiting = mixed_requests(rng, 25)
-    requests, transcripts, cancelled = {}, {}, set()
+    requests, transcripts, cancelled, dropped = {}, {}, set(), set()
     while waiting or engine.has_work:
         while waiting and rng.random() < 0.4:
             request = waiting.pop()
@@ -274,14 +283,37 @@ def trace(seed):
                 cancelled.add(request_id)
                 engine.check_integrity()
                 transcripts[request_id].add = _refuse
+        if transcripts and rng.random() < 0.03:
+            request_id = rng.choice(sorted(transcripts))
+            if engine.cancel(request_id, index := rng.randrange(2)):
+                dropped.add((request_id, index))
+                engine.check_integrity()
         step(engine, transcripts)
     for request_id in transcripts.keys() - cancelled:
-        assert_as_expected(transcripts[request_id], requests[request_id], runner)
+        assert_survivors_as_expected(transcripts[request_id], requests[request_id], runner, dropped)
     assert num_free(engine) == SCARCE
     status = engine.status()
     assert (status.num_running, status.num_waiting) == (0, 0)
     assert status.num_cached_tokens > 0
     return status.num_preemptions
+
+
+def assert_survivors_as_expected(transcript, request, runner, dropped):
+    """As expected, but for outputs dropped on the way: of those a beginning may have come."""
+    wanted = expected(request, runner)
+    assert transcript.error is None
+    for index, output in wanted.outputs.items():
+        found = transcript.outputs.get(index)
+        if (request.request_id, index) not in dropped:
+            assert found == output
+        elif found is not None:
+            assert found.token_ids == output.token_ids[: len(found.token_ids)]
+            assert found.reason is None
+    num_scored = len(transcript.prompt_logprobs)
+    is_cut = all(
+        (request.request_id, index) in dropped or not wanted.outputs[index].token_ids for index in wanted.outputs
+    )
+    assert transcript.prompt_logprobs == wanted.prompt_logprobs[: num_scored if is_cut else None]
 
 
 def test_random_traces_preempt():

@@ -192,7 +192,7 @@ def test_the_next_output_computes_the_prompt_when_the_first_is_gone():
 
 def test_the_batch_lies_sequence_after_sequence():
     bench = Bench()
-    first, second = bench.add(3, first_id=10), bench.add(20, first_id=50)
+    first, _ = bench.add(3, first_id=10), bench.add(20, first_id=50)
     launched = bench.scheduler.schedule()
     bench.scheduler.launch(launched)
     bench.scheduler.collect(launched)
@@ -227,7 +227,7 @@ def test_a_chunk_that_does_not_end_the_prompt_wants_no_logits():
 
 def test_scored_rows_are_bounded_and_asked_for_once():
     bench = Bench(max_scored_rows=5)
-    sequence = bench.add(12, prompt_logprobs=0)
+    bench.add(12, prompt_logprobs=0)
     rows = []
     for _ in range(3):
         plan = bench.scheduler.schedule()

@@ -150,9 +150,7 @@ class BlockManager:
         depth: most steps that run at once; what the window has passed is freed when a step is over.
     """
 
-    def __init__(
-        self, groups: Items[KVGroup], block_size: int, num_blocks: Mapping[str, int], depth: int = 1
-    ) -> None:
+    def __init__(self, groups: Items[KVGroup], block_size: int, num_blocks: Mapping[str, int], depth: int = 1) -> None:
         self.block_size = block_size
         self._depth = depth
         self.group_names = tuple(group.name for group in groups)

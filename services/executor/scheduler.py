@@ -106,7 +106,7 @@ class Scheduler:
             assert sequence.num_computed == sequence.num_allocated == 0, "a waiting sequence holds blocks"
             assert sequence.num_launched == 0, "a waiting sequence runs"
             assert sequence.seat is None, "a waiting sequence has a seat"
-        taken = [sequence.seat for sequence in self.running]
+        taken = [sequence.seat for sequence in self.running if sequence.seat is not None]
         assert sorted([*taken, *self._free_seats]) == list(range(self._config.max_running)), "seats are miscounted"
 
     def _choose_running(self, chosen: list[tuple[Sequence, int]]) -> int:

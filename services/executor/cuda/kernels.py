@@ -26,6 +26,14 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("attention", head): attention,
+        Module("sample"): [
+            ("resolve_tokens", "resolve_tokens", "PPi"),
+            ("take_best", "take_best", "PPPPPPi"),
+            ("set_counts", "set_counts", "PPPi"),
+            ("adjust_rows", "adjust_rows", "PPPPPPPPii"),
+            ("weigh_rows", "weigh_rows", "PPPPPPPii"),
+            ("draw_rows", "draw_rows", "PPPPPPPPPii"),
+        ],
     }
     if config.num_experts:
         modules[Module("route")] = [
