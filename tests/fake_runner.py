@@ -96,9 +96,11 @@ class LateRunner(FakeRunner):
         super().__init__(*args, **kwargs)
         self._samplers, self._last_ids = {}, {}  # by seat
         self._results = deque()
+        self.launched = []  # every batch as it came; `batches` have their tokens filled in
 
     def launch(self, batch, draws):
         assert len(self._results) < self.depth, "too many steps at once"
+        self.launched.append(batch)
         try:
             self._results.append(self._run(batch, draws))
         except RuntimeError as error:

@@ -517,6 +517,84 @@ def test_prompt_rows_that_are_not_numbers_fail_the_request():
     assert run_alone(make_request(prompt=[1, 33, 2]), runner).error is None
 
 
+# Steps that overlap.
+
+
+def test_the_next_step_is_launched_before_a_token_is_known():
+    runner = LateRunner()
+    engine = make_engine(runner)
+    request = make_request(max_tokens=4)
+    engine.submit(request)
+    assert engine.step() == []
+    assert [len(engine.step()) for _ in range(4)] == [2, 1, 1, 2]
+    # No row for the token that max_tokens makes the last.
+    assert [batch.token_ids.tolist() for batch in runner.launched] == [[1, 2, 3], [-1], [-1], [-1]]
+    assert not engine.has_work
+
+
+def test_a_stop_id_leaves_one_row_that_nobody_reads():
+    free = run_alone(make_request(max_tokens=8)).outputs[0].token_ids
+    runner = LateRunner()
+    engine = make_engine(runner)
+    request = make_request(max_tokens=8, stopping={"stop_token_ids": frozenset({free[2]})})
+    assert_as_expected(run(engine, request)["a"], request)
+    assert len(runner.batches) == free.index(free[2]) + 2
+    assert engine.status().num_output_tokens == free.index(free[2]) + 1
+
+
+def test_an_id_cancelled_and_used_again_gets_nothing_of_the_step_that_still_runs():
+    engine = make_engine(LateRunner())
+    engine.submit(make_request("a", [5, 6, 7]))
+    engine.step()
+    assert engine.cancel("a")
+    assert engine.has_work  # the step is still to be collected
+    other = make_request("a", [8, 9])
+    assert_as_expected(run(engine, other)["a"], other)
+    assert not engine.has_work
+
+
+def test_a_step_that_breaks_late_fails_its_requests_and_no_other():
+    runner = LateRunner()
+    runner.fails_at = 3
+    engine = make_engine(runner, max_running=2)
+    whole = num_free(engine)
+    requests = [make_request(str(number), range(10 * number, 10 * number + 9)) for number in range(3)]
+    transcripts = run(engine, *requests)
+    for request_id in "01":
+        assert transcripts[request_id].error.reason is Reason.INTERNAL
+    assert_as_expected(transcripts["2"], requests[2])
+    assert num_free(engine) == whole
+    again = run(engine, requests[0])["0"]
+    assert again.started.num_cached_tokens == 0
+    assert_as_expected(again, requests[0])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "num_outputs": 2}])
+def test_logits_that_are_not_numbers_fail_their_request_alone_late(sampling):
+    runner = LateRunner()
+    runner.nan_token_id = 33
+    bad = make_request("bad", [1, 2, 33], sampling=sampling)
+    good = make_request("good", [1, 2, 3], sampling={"logit_bias": {33: -100.0}})
+    transcripts = run(make_engine(runner), bad, good)
+    assert transcripts["bad"].error.reason is Reason.INTERNAL
+    assert_as_expected(transcripts["good"], good)
+
+
+def test_the_scores_of_a_prompt_go_on_when_the_output_that_computes_it_is_dropped_in_a_running_step():
+    request = make_request(prompt=range(30), sampling={"temperature": 1.0, "num_outputs": 2}, prompt_logprobs=0)
+    engine = make_engine(LateRunner(), max_scored_rows=8)
+    engine.submit(request)
+    transcript = Transcript()
+    step(engine, {"a": transcript})
+    step(engine, {"a": transcript})
+    assert engine.cancel("a", 0)
+    while engine.has_work:
+        step(engine, {"a": transcript})
+    wanted = expected(request)
+    assert transcript.prompt_logprobs == wanted.prompt_logprobs
+    assert transcript.outputs == {1: wanted.outputs[1]}
+
+
 # Refusals.
 
 

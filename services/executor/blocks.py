@@ -16,6 +16,9 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.executor.sequence import BlockTable, Sequence
 from services.executor.step import KVGroup
 
@@ -155,6 +158,7 @@ class BlockManager:
         self._depth = depth
         self.group_names = tuple(group.name for group in groups)
         self._pools = tuple(BlockPool(group, block_size, num_blocks[group.name]) for group in groups)
+        self._windowed_pools = [(number, pool) for number, pool in enumerate(self._pools) if pool.window]
 
     def shortage(self, num_positions: int, max_chunk: int) -> BlockUsage | None:
         """A group that could not hold `num_positions` of one sequence even if it were alone."""
@@ -213,12 +217,12 @@ class BlockManager:
                 for logical in range(max(sequence.num_registered, table.begin), num_full):
                     pool.register(int(table.ids[logical]), sequence.block_hashes[logical])
             sequence.num_registered = num_full
-        for pool, table in zip(self._pools, sequence.tables, strict=True):
-            if pool.window:
-                for logical in range(table.begin, pool.first_needed(sequence.num_computed)):
-                    pool.release(int(table.ids[logical]))
-                    table.ids[logical] = -1
-                    table.begin = logical + 1
+        for number, pool in self._windowed_pools:
+            table = sequence.tables[number]
+            for logical in range(table.begin, pool.first_needed(sequence.num_computed)):
+                pool.release(int(table.ids[logical]))
+                table.ids[logical] = -1
+                table.begin = logical + 1
 
     def free(self, sequence: Sequence, is_sound: bool = True) -> None:
         """Take all its blocks back and start it over; contents that are not sound leave the prefix cache."""
@@ -232,6 +236,10 @@ class BlockManager:
             table.ids[table.begin : table.end] = -1
             table.begin = table.end = 0
         sequence.num_computed = sequence.num_launched = sequence.num_allocated = sequence.num_registered = 0
+
+    def tables_of(self, sequence: Sequence) -> dict[str, NDArray[np.int32]]:
+        """The tables by group, as they are now and as they will be."""
+        return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
 
     def usage(self) -> tuple[BlockUsage, ...]:
         return tuple(pool.usage() for pool in self._pools)

@@ -19,6 +19,7 @@ from services.executor.admission import check_queue, check_request, max_tokens
 from services.executor.blocks import BlockManager, BlockUsage
 from services.executor.engine_config import EngineConfig
 from services.executor.outcome import Outcome, read_result
+from services.executor.plan import Plan
 from services.executor.request import (
     Event,
     FinishReason,
@@ -30,7 +31,7 @@ from services.executor.request import (
     ResumedOutput,
     TokenDrawn,
 )
-from services.executor.scheduler import Plan, Scheduler
+from services.executor.scheduler import Scheduler
 from services.executor.sequence import ActiveRequest, Sequence
 from services.executor.step import Runner
 from shared.errors import Reason, ServiceError, invalid_field
@@ -210,22 +211,25 @@ class Engine:
             return self._fail_step(plan)
         self._num_steps += 1
         events = self._fail_unsound(outcomes)
+        now = self._clock()
         for outcome in outcomes:
             if self._concerns(outcome):
-                self._deliver(outcome, step_time, events)
+                self._deliver(outcome, step_time, now, events)
         return events
 
     def _concerns(self, outcome: Outcome) -> bool:
         """Whether anybody still waits for what a sequence's rows gave: it may have ended, or been dropped, since."""
-        sequence, active = outcome.share.sequence, outcome.share.sequence.active
+        sequence = outcome.share.sequence
+        active = sequence.active
         if self._requests.get(active.request.request_id) is not active:
             return False
         # Scores of the prompt are the request's: the next output goes on after them.
         return active.sequences.get(sequence.index) is sequence or outcome.share.num_scored_rows > 0
 
-    def _deliver(self, outcome: Outcome, step_time: float, events: list[Event]) -> None:
+    def _deliver(self, outcome: Outcome, step_time: float, now: float, events: list[Event]) -> None:
         """Take what one sequence's rows gave into its state and tell it."""
-        sequence, active = outcome.share.sequence, outcome.share.sequence.active
+        sequence = outcome.share.sequence
+        active = sequence.active
         if sequence.seat is not None:  # else its blocks were taken from it while the step ran
             self._advance(sequence, outcome.share.num_tokens)
         if not active.is_started:
@@ -237,7 +241,6 @@ class Engine:
         sequence.append(outcome.token_id)
         self._num_output_tokens += 1
         events.append(TokenDrawn(active.request.request_id, sequence.index, outcome.token_id, outcome.logprobs))
-        now = self._clock()
         if sequence.first_token_time is None:
             sequence.first_token_time = now
         ending = sequence.ending()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.executor.plan import Plan, Share
 from services.executor.request import Logprobs
 from services.executor.sampling import score
-from services.executor.scheduler import Plan, Share
 from services.executor.step import StepResult
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one sequence's rows of logits gave."""
 
     share: Share

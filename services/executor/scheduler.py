@@ -13,37 +13,11 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from services.executor.blocks import BlockManager
 from services.executor.engine_config import EngineConfig
+from services.executor.plan import Plan, lay_out
 from services.executor.sequence import Rank, Sequence
-from services.executor.step import Draws, SequenceSlice, StepBatch
-
-
-@dataclass(frozen=True)
-class Share:
-    """One sequence's part of a step, and of its logits."""
-
-    sequence: Sequence
-    num_tokens: int
-    draws: bool  # the next token
-    first_scored: int  # the first prompt position that it scores
-    num_scored_rows: int  # rows that score prompt tokens
-    first_wanted: int  # its first row among those wanted on the host: those that score, then the one drawn from
-    num_wanted: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step: who takes part, the batch for the runner, and what it draws."""
-
-    shares: list[Share]
-    batch: StepBatch
-    draws: Draws
 
 
 class Scheduler:
@@ -56,7 +30,6 @@ class Scheduler:
         self.num_cached_tokens = 0
         self._config = config
         self._blocks = blocks
-        self._positions: NDArray[np.int32] = np.arange(config.max_context, dtype=np.int32)
         self._free_seats = list(range(config.max_running - 1, -1, -1))  # the last one is taken first
 
     def add(self, sequence: Sequence) -> None:
@@ -75,7 +48,7 @@ class Scheduler:
         chosen: list[tuple[Sequence, int]] = []
         budget = self._choose_running(chosen)
         self._admit(chosen, budget)
-        return self._plan(chosen) if chosen else None
+        return lay_out(chosen) if chosen else None
 
     def launch(self, plan: Plan) -> None:
         """A plan's step runs: the next one is planned as if it were over."""
@@ -173,6 +146,7 @@ class Scheduler:
             del self.waiting[place]
             insort(self.running, sequence, key=_rank)
             sequence.seat, sequence.has_drawn = self._free_seats.pop(), False
+            sequence.block_tables = self._blocks.tables_of(sequence)
             num_tokens = self._chunk(sequence, budget)
             is_allocated = self._blocks.allocate(sequence, sequence.num_launched + num_tokens)
             assert is_allocated, "the blocks were counted before it was admitted"
@@ -194,59 +168,6 @@ class Scheduler:
         if not active.is_started:
             active.num_cached_tokens = num_cached_tokens
         return True
-
-    def _plan(self, chosen: list[tuple[Sequence, int]]) -> Plan:
-        """Lay the tokens of the chosen out, sequence after sequence."""
-        num_tokens = sum(count for _, count in chosen)
-        token_ids = np.empty(num_tokens, np.int32)
-        positions = np.empty(num_tokens, np.int32)
-        shares: list[Share] = []
-        slices: list[SequenceSlice] = []
-        logits_rows: list[int] = []
-        wanted: list[int] = []
-        drawing: list[Sequence] = []
-        draw_rows: list[int] = []
-        start = 0
-        for sequence, count in chosen:
-            begin, end = sequence.num_launched, sequence.num_launched + count
-            if begin < sequence.num_tokens:
-                token_ids[start : start + count] = sequence.token_ids[begin:end]
-            else:  # it is being drawn, and alone
-                assert sequence.seat is not None
-                token_ids[start] = -1 - sequence.seat
-            positions[start : start + count] = self._positions[begin:end]
-            slices.append(SequenceSlice(start, count, end, self._block_tables(sequence)))
-            scored = sequence.rows_to_score(begin, end)
-            first_wanted = len(wanted)
-            wanted.extend(range(len(logits_rows), len(logits_rows) + len(scored)))
-            logits_rows.extend(start + position - begin for position in scored)
-            start += count
-            draws = end == sequence.num_tokens + sequence.num_drawing
-            if draws:
-                if sequence.active.request.logprobs is not None:
-                    wanted.append(len(logits_rows))
-                drawing.append(sequence)
-                draw_rows.append(len(logits_rows))
-                logits_rows.append(start - 1)
-            num_wanted = len(wanted) - first_wanted
-            shares.append(Share(sequence, count, draws, scored.start, len(scored), first_wanted, num_wanted))
-        batch = StepBatch(token_ids, positions, slices, np.array(logits_rows, np.int32))
-        return Plan(shares, batch, _draws(drawing, draw_rows, wanted))
-
-    def _block_tables(self, sequence: Sequence) -> dict[str, NDArray[np.int32]]:
-        names = self._blocks.group_names
-        return {name: table.ids[: table.end].copy() for name, table in zip(names, sequence.tables, strict=True)}
-
-
-def _draws(drawing: list[Sequence], rows: list[int], wanted: list[int]) -> Draws:
-    return Draws(
-        rows=np.array(rows, np.int32),
-        samplers=[sequence.sampler for sequence in drawing],
-        seats=np.array([sequence.seat for sequence in drawing], np.int32),
-        token_indices=np.array([sequence.num_output_tokens + sequence.num_drawing for sequence in drawing], np.int32),
-        starts=[place for place, sequence in enumerate(drawing) if not sequence.has_drawn],
-        wanted=np.array(wanted, np.int32),
-    )
 
 
 def _rank(sequence: Sequence) -> Rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -68,9 +69,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "active", "block_hashes", "first_token_time", "has_drawn", "index", "max_tokens", "num_allocated",
-        "num_computed", "num_drawing", "num_in_flight", "num_launched", "num_prompt_tokens", "num_registered",
-        "num_tokens", "rank", "sampler", "seat", "stop_ids", "tables", "token_ids",
+        "active", "block_hashes", "block_tables", "first_token_time", "has_drawn", "index", "max_tokens",
+        "num_allocated", "num_computed", "num_drawing", "num_in_flight", "num_launched", "num_prompt_tokens",
+        "num_registered", "num_tokens", "rank", "sampler", "seat", "stop_ids", "tables", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +107,7 @@ class Sequence:
         self.tables = tuple(BlockTable(-(-capacity // block_size)) for _ in range(num_groups))
         self.num_allocated = 0  # positions that the tables hold blocks for
         self.num_registered = 0  # leading blocks known to the prefix cache
+        self.block_tables: Mapping[str, NDArray[np.int32]] = {}  # ids of `tables` by group, in the running batch
         self.block_hashes: list[bytes] = []  # of leading full blocks, as far as they have been wanted
         for token_id in resumed_token_ids:
             self.append(token_id)

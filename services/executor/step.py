@@ -1,9 +1,9 @@
 """What one engine step hands to a model runner: a ragged batch of tokens over block tables, and what to draw.
 
-Ownership: the scheduler builds a `StepBatch` and its `Draws` and never touches them again; a runner reads them,
-writes KV into the blocks that the tables name, draws, and gives a `StepResult`. Blocks are numbered per group; a group
-is a set of layers that share a table ("full": every position stays; "window": only the last `sliding_window` positions
-stay).
+Ownership: the scheduler builds a `StepBatch` and its `Draws` and leaves them alone until the step is launched; a runner
+reads them in `launch`, writes KV into the blocks that the tables name, draws, and gives a `StepResult`. Blocks are
+numbered per group; a group is a set of layers that share a table ("full": every position stays; "window": only the
+last `sliding_window` positions stay).
 
 Steps run in the order in which they are launched, each on what the ones before it wrote. So a block may be given to
 another sequence while a step that reads it is still running: whoever writes it runs later.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,7 @@ FULL = "full"
 WINDOW = "window"
 
 
-@dataclass(frozen=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """One sequence's share of a step.
 
     Query rows `start : start + num_tokens` of the batch are its positions
@@ -35,8 +34,9 @@ class SequenceSlice:
     start: int
     num_tokens: int
     context_length: int  # positions known after this step, its own tokens included
-    # Group -> physical block of each logical block (position // block_size); -1 where the window has passed.
-    block_tables: Mapping[str, NDArray[np.int32]]  # each (num_logical_blocks,)
+    # Group -> physical block of each logical block (position // block_size); -1 where the window has passed, and past
+    # the context. They change once the step has been launched.
+    block_tables: Mapping[str, NDArray[np.int32]]  # each (at least the context's logical blocks,)
 
 
 @dataclass(frozen=True)

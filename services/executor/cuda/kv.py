@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.executor.cuda.device import Device
 from services.executor.step import Draws, KVGroup, StepBatch
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 from shared.memory import HEAD_MULTIPLE
+
+if TYPE_CHECKING:  # packing is timed and tested where there is no GPU
+    from services.executor.cuda.device import Device
 
 BLOCK_MULTIPLE = 32  # positions of a chunk of attention
 
@@ -121,13 +124,13 @@ def pack(
     sequences = np.arange(num_sequences)
     if num_rows > num_sequences:
         sequences = sequences.repeat([sequence.num_tokens for sequence in batch.sequences])
+    num_blocks = [-(-sequence.context_length // block_size) for sequence in batch.sequences]
     logical, offsets = np.divmod(batch.positions, block_size)
     for name, address in step.tables.items():
         tables = view(address, shape.num_sequences * shape.table_width).reshape(shape.num_sequences, -1)
         tables[:] = 0
-        for row, sequence in zip(tables, batch.sequences, strict=False):
-            table = sequence.block_tables[name]
-            row[: len(table)] = table
+        for row, count, sequence in zip(tables, num_blocks, batch.sequences, strict=False):
+            row[:count] = sequence.block_tables[name][:count]
         blocks = tables[sequences, logical]
         assert blocks.min() >= 0, "a row has no block to write to"
         places = view(step.places[name], shape.num_rows)
