@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from services.executor.sampling import OutputSampler
 
+GPU_DEPTH = 2  # steps that a GPU's runner holds: one runs, the next waits behind it
 FULL = "full"
 WINDOW = "window"
 

@@ -44,7 +44,7 @@ from services.executor.cuda.readback import HostBuffer, Launched, RowsToDraw, Wa
 from services.executor.cuda.sampling import ROW_SAMPLING, CudaSampler
 from services.executor.cuda.weights import CudaWeights
 from services.executor.models import MODELS
-from services.executor.step import FULL, WINDOW, Draws, KVGroup, StepBatch, StepResult
+from services.executor.step import FULL, GPU_DEPTH, WINDOW, Draws, KVGroup, StepBatch, StepResult
 from shared.errors import invalid_field
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
@@ -74,7 +74,7 @@ class CudaRunner:
         ServiceError: FIELD_INVALID for another block size or a head that attention does not take, VRAM_EXHAUSTED.
     """
 
-    depth = 2
+    depth = GPU_DEPTH
 
     def __init__(
         self,
