@@ -15,7 +15,7 @@ from tests.tiny_models import TINY_GPT2, WIDE_GPT_OSS
 
 NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install a CUDA toolkit to compile the kernels")
-HOT = ("product", "product_tiled", "attention", "embed", "norm", "route", "rope", "sample")
+HOT = ("product", "product_tiled", "attention", "embed", "norm", "route", "rope", "sample", "nucleus")
 
 
 def all_modules():

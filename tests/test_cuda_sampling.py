@@ -27,7 +27,8 @@ def device():
     from tests.tiny_models import TINY_GPT2
 
     device = open_device()
-    device.load({module: entries for module, entries in modules_of(TINY_GPT2, []).items() if module.source == "sample"})
+    modules = modules_of(TINY_GPT2, [])
+    device.load({module: modules[module] for module in modules if module.source in ("sample", "nucleus")})
     yield device
     device.close()
 
@@ -60,7 +61,7 @@ class Bench:
         on_device = upload(device, logits)
         sampler.take_best(on_device, upload(device, draws.seats), 0, num_rows)
         if len(rows):
-            sampler.draw(on_device, upload(device, rows.view(np.int32)), len(rows))
+            sampler.draw(on_device, upload(device, rows.view(np.int32)), rows)
         token_ids = download(device, sampler.token_ids, num_rows + 1, np.int32)
         assert token_ids[-1] == CANARY
         return [None if token_id < 0 else token_id for token_id in token_ids[:-1].tolist()]

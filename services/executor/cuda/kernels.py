@@ -32,7 +32,12 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("set_counts", "set_counts", "PPPi"),
             ("adjust_rows", "adjust_rows", "PPPPPPPPii"),
             ("weigh_rows", "weigh_rows", "PPPPPPPii"),
-            ("draw_rows", "draw_rows", "PPPPPPPPPii"),
+            ("draw_rows", "draw_rows", "PPPPPPPPPPPii"),
+        ],
+        Module("nucleus"): [
+            ("sum_buckets", "sum_buckets", "PPPPii"),
+            ("find_cut", "find_cut", "PPPPPPii"),
+            ("sum_kept", "sum_kept", "PPPPPi"),
         ],
     }
     if config.num_experts:

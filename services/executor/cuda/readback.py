@@ -25,7 +25,7 @@ class HostBuffer:
 class RowsToDraw:
     """The rows of logits that are not simply argmaxed, and where their parameters lie on the device."""
 
-    logits_rows: NDArray[np.int32]  # (num_rows,) ascending
+    parameters: NDArray[np.void]  # (num_rows,) of sampling.ROW_SAMPLING
     address: int
 
 

@@ -220,7 +220,7 @@ class CudaRunner:
         end = step.num_ints + rows.nbytes // 4
         buffer.inputs[step.num_ints : end] = rows.view(np.int32)
         self._device.upload(self._inputs, buffer.inputs[:end])
-        return step, RowsToDraw(rows["row"], self._inputs + 4 * step.num_ints)
+        return step, RowsToDraw(rows, self._inputs + 4 * step.num_ints)
 
     def _run_model(self, step: CudaStep) -> Product:
         self._sampler.resolve(step.token_ids, step.shape.num_rows)
@@ -238,10 +238,10 @@ class CudaRunner:
 
     def _draw(self, rows: RowsToDraw, start: int, stop: int) -> None:
         """Draw for those of the rows start : stop of logits, now in memory, that are not simply the best."""
-        first, last = np.searchsorted(rows.logits_rows, (start, stop)).tolist()
+        first, last = np.searchsorted(rows.parameters["row"], (start, stop)).tolist()
         if first < last:
             row_0 = self._workspace.logits - 4 * start * self.vocab_size
-            self._sampler.draw(row_0, rows.address + first * ROW_SAMPLING.itemsize, last - first)
+            self._sampler.draw(row_0, rows.address + first * ROW_SAMPLING.itemsize, rows.parameters[first:last])
 
     def _run_head(self, head: Product) -> None:
         if head.x.num_rows:

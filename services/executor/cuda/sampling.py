@@ -14,7 +14,9 @@ from services.executor.cuda.device import Device
 from services.executor.sampling import OutputSampler
 from services.executor.step import Draws
 
-CHUNK = 1024  # values of a block of adjust_rows, threads of draw_rows
+CHUNK = 1024  # values of a block over chunks; threads of a block for a row
+MAX_CHUNKS = 1024
+NUM_BUCKETS = 512
 BEST_CHUNK = 2048  # values of a block of take_best
 MAX_ROWS = 64  # rows whose weights are in memory at once
 LIST_LENGTH = 2048  # most biases, and most stop ids, of a sequence
@@ -44,6 +46,7 @@ class CudaSampler:
     def __init__(self, device: Device, vocab_size: int, max_rows: int, max_logits: int, num_seats: int) -> None:
         self._device, self._vocab_size = device, vocab_size
         self._num_chunks = -(-vocab_size // CHUNK)
+        assert self._num_chunks <= MAX_CHUNKS
         self.token_ids = device.allocate(4 * max_rows)  # of the step's rows of logits
         self._best = device.allocate(8 * max_logits)
         self._counters = device.allocate(4 * max_logits)
@@ -62,7 +65,10 @@ class CudaSampler:
         self._ids = device.allocate(4 * self._max_weighed * vocab_size)
         self._largest = device.allocate(2 * chunks)
         self._chunk_best, self._chunk_sums = device.allocate(chunks), device.allocate(chunks)
+        self._chunk_ties = device.allocate(chunks // 2)
         self._row_best = device.allocate(8 * self._max_weighed)
+        self._buckets = device.allocate(8 * 2 * NUM_BUCKETS * self._max_weighed)  # zero between steps
+        self._cuts = device.allocate(24 * self._max_weighed)
         # What set_counts reads: prompt and output have no more distinct ids than there are.
         self._seen = device.allocate(8 * vocab_size)
 
@@ -96,34 +102,45 @@ class CudaSampler:
         addresses = (logits, seats + 4 * start, self.token_ids + 4 * start, self._last_tokens)
         self._device.launch("take_best", grid, 256, *addresses, self._best, self._counters, self._vocab_size)
 
-    def draw(self, logits: int, rows: int, count: int) -> None:
+    def draw(self, logits: int, rows: int, parameters: NDArray[np.void]) -> None:
         """Draw for rows that are not simply the best, after `take_best`.
 
         Args:
             logits: address of the step's row 0 (which need not be in memory).
-            rows: address of (count,) of ROW_SAMPLING.
+            rows: address of the parameters on the device.
+            parameters: (num_rows,) of ROW_SAMPLING.
         """
-        for start in range(0, count, self._max_weighed):
-            self._draw(logits, rows + start * ROW_SAMPLING.itemsize, min(self._max_weighed, count - start))
+        for start in range(0, len(parameters), self._max_weighed):
+            some = parameters[start : start + self._max_weighed]
+            self._draw(logits, rows + start * ROW_SAMPLING.itemsize, len(some), bool((some["top_p"] < 1).any()))
 
-    def _draw(self, logits: int, rows: int, count: int) -> None:
-        device, vocab_size = self._device, self._vocab_size
-        grid = (self._num_chunks, count, 1)
+    def _draw(self, logits: int, rows: int, count: int, has_nucleus: bool) -> None:
+        vocab_size = self._vocab_size
+        sums = (self._chunk_best, self._chunk_sums, self._row_best)
         lists = (self._bias_ids, self._biases, self._stop_ids)
-        device.launch(
-            "adjust_rows", grid, 256,
-            *(rows, logits, self._counts, *lists, self._values, self._largest, vocab_size, LIST_LENGTH),
-        )  # fmt: skip
-        chunks = (self._chunk_best, self._chunk_sums, self._row_best)
-        device.launch(
-            "weigh_rows", grid, 256,
-            *(rows, self._stop_ids, self._largest, self._values, *chunks, vocab_size, LIST_LENGTH),
-        )  # fmt: skip
-        device.launch(
-            "draw_rows", (count, 1, 1), CHUNK,
-            *(rows, self._values, self._ids, *chunks, self.token_ids, self._last_tokens, self._counts),
-            *(vocab_size, self._num_chunks),
-        )  # fmt: skip
+        adjusted = (self._values, self._largest)
+        self._over_chunks("adjust_rows", count, rows, logits, self._counts, *lists, *adjusted, vocab_size, LIST_LENGTH)
+        weighed = (self._largest, self._values, *sums)
+        self._over_chunks("weigh_rows", count, rows, self._stop_ids, *weighed, vocab_size, LIST_LENGTH)
+        if has_nucleus:
+            self._find_nuclei(rows, count)
+        drawn = (self.token_ids, self._last_tokens, self._counts)
+        cut = (self._cuts, self._chunk_ties)
+        arguments = (rows, self._values, self._ids, *sums, *cut, *drawn, vocab_size, self._num_chunks)
+        self._device.launch("draw_rows", (count, 1, 1), CHUNK, *arguments)
+
+    def _find_nuclei(self, rows: int, count: int) -> None:
+        vocab_size, buckets = self._vocab_size, self._buckets
+        for level in (1, 2):
+            arguments = (rows, self._values, self._chunk_sums, buckets, vocab_size, level)
+            self._over_chunks("sum_buckets", count, *arguments)
+        found = (rows, self._values, self._ids, self._chunk_sums, buckets, self._cuts)
+        self._device.launch("find_cut", (count, 1, 1), CHUNK, *found, vocab_size, self._num_chunks)
+        kept = (rows, self._values, self._cuts, self._chunk_sums, self._chunk_ties)
+        self._over_chunks("sum_kept", count, *kept, vocab_size)
+
+    def _over_chunks(self, name: str, count: int, *arguments: int) -> None:
+        self._device.launch(name, (self._num_chunks, count, 1), 256, *arguments)
 
     def _take_seat(self, seat: int, sampler: OutputSampler) -> None:
         sampling, seen = sampler.sampling, sampler.seen

@@ -2,46 +2,23 @@
 //
 // resolve_tokens puts the last token of a seat where a step's ids name the seat. take_best gives every row its best id
 // and says which rows can be drawn from at all: that is all that a greedy row needs, and part of a decoding graph.
-// Rows that need more run adjust_rows, weigh_rows and draw_rows, in which
+// Rows that need more run adjust_rows, weigh_rows, where there is a top_p nucleus.cu, and draw_rows, in which
 //   - values and sums are float64; no product is contracted into a sum, so that adjusted values equal numpy's;
 //   - every sum has an order that the vocabulary and the kept ids alone decide: the same step gives the same bits;
 //   - weights of ids that are cut are 0, and an id of weight 0 is never drawn.
 // Moves, for each row: take_best its logits once, from the cache where the head has just written them; adjust_rows and
 // weigh_rows 8 bytes a value written and read; draw_rows a chunk's sums, and the chunks that can hold what is kept.
-#include "device.cuh"
+#include "sampling.cuh"
 
-typedef unsigned long long uint64;
-
-#define CHUNK 1024          // values of a block of adjust_rows and weigh_rows, with 256 threads
 #define BEST_CHUNK 2048     // values of a block of take_best
-#define DRAW_THREADS 1024   // of draw_rows
-static_assert(CHUNK == DRAW_THREADS, "draw_rows takes a chunk at a time");
 #define NUM_ROUNDS 10       // of Philox
 #define SEEN 0x80000000u    // in counts: the id is in prompt or output; the other bits count it in the output
-
-// How one row is drawn from; 96 bytes, as sampling.py packs it.
-struct RowSampling {
-    double temperature;  // 0: the best value
-    double top_p, min_p;
-    double repetition_penalty, presence_penalty, frequency_penalty;
-    unsigned int seed_low, seed_high, output_index, token_index;
-    int row;   // of logits
-    int seat;  // whose counts and lists are used
-    int top_k;
-    int num_biases, num_stops;
-    int has_penalties, masks_stops, padding;
-};
 
 // Larger for larger values; NaN above all; -0 as 0.
 __device__ __forceinline__ unsigned int float_key(float value) {
     const unsigned int bits = __float_as_uint(value + 0.0f);
     if (value != value) return 0xffffffffu;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ uint64 double_key(double value) {
-    const uint64 bits = static_cast<uint64>(__double_as_longlong(value + 0.0));
-    return bits >> 63 ? ~bits : bits | (1ull << 63);
 }
 
 extern "C" __global__ void resolve_tokens(int* token_ids,         // (count,), -1 - seat becomes that seat's last token
@@ -111,30 +88,6 @@ extern "C" __global__ void set_counts(const int* ids,               // (count,) 
     if (i < count) counts[ids[i]] = SEEN | values[i];
 }
 
-// Largest of a block's values in every thread. `scratch` has 32 doubles.
-__device__ __forceinline__ double block_max(double value, double* scratch) {
-    for (int distance = 16; distance > 0; distance /= 2)
-        value = fmax(value, __shfl_xor_sync(0xffffffffu, value, distance));
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : -INFINITY;
-    for (int distance = 16; distance > 0; distance /= 2)
-        value = fmax(value, __shfl_xor_sync(0xffffffffu, value, distance));
-    return value;
-}
-
-// Sum of a block's values in every thread, in one order. `scratch` has 32 doubles.
-__device__ __forceinline__ double block_sum(double value, double* scratch) {
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.0;
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    return value;
-}
-
 // Logits after bias and penalties, and of each chunk the largest of them and the largest that min_tokens leaves.
 // Launch: grid (num_chunks, rows), 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
@@ -197,11 +150,6 @@ extern "C" __global__ void __launch_bounds__(256)
         best = block_max(best, scratch);
     }
     if (threadIdx.x == 0) told[gridDim.x] = best;
-}
-
-// Whether a row's weights are made at once: draw_rows needs the values themselves to find the top_k, or the best.
-__device__ __forceinline__ bool keeps_values(const RowSampling& sampling, int vocab_size) {
-    return sampling.temperature == 0.0 || (0 < sampling.top_k && sampling.top_k < vocab_size);
 }
 
 // The mask of min_tokens, then weights exp((value - best) / temperature) and their sums, where no top_k comes first.
@@ -277,57 +225,12 @@ __device__ double uniform(const RowSampling& sampling) {
     return (static_cast<double>(c0 >> 5) * 67108864.0 + static_cast<double>(c1 >> 6)) * 0x1p-53;
 }
 
-// Shared memory of draw_rows.
-struct Scratch {
-    double sums[32];
-    int counts[32];
-    int found;
-};
-
-// The sum of the values up to each thread's own, and in `total` of all. Each thread's sum adds what the ones before it
-// have in one order.
-__device__ double block_scan(double value, double& total, Scratch& scratch) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const double other = __shfl_up_sync(0xffffffffu, value, distance);
-        if (lane >= distance) value += other;
-    }
-    __syncthreads();
-    if (lane == 31) scratch.sums[warp] = value;
-    __syncthreads();
-    double before = scratch.sums[lane];
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const double other = __shfl_up_sync(0xffffffffu, before, distance);
-        if (lane >= distance) before += other;
-    }
-    total = __shfl_sync(0xffffffffu, before, 31);
-    before = __shfl_sync(0xffffffffu, before, max(warp - 1, 0));
-    return warp > 0 ? before + value : value;
-}
-
-// How many threads before this one have the flag set, and in `total` of all.
-__device__ int block_rank(bool flag, int& total, Scratch& scratch) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned int ballot = __ballot_sync(0xffffffffu, flag);
-    __syncthreads();
-    if (lane == 0) scratch.counts[warp] = __popc(ballot);
-    __syncthreads();
-    int before = scratch.counts[lane];
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, before, distance);
-        if (lane >= distance) before += other;
-    }
-    total = __shfl_sync(0xffffffffu, before, 31);
-    before = __shfl_sync(0xffffffffu, before, max(warp - 1, 0));
-    return (warp > 0 ? before : 0) + __popc(ballot & ((1u << lane) - 1));
-}
-
 // The first place whose running sum (added to `base`) lies above `target`, among those of positive weight; the last of
 // positive weight if rounding leaves none. On return `base` is the sum before it.
 __device__ int find_place(const double* weights, int count, double target, double& base, Scratch& scratch) {
     double last_base = base;
     int last = 0;
-    for (int start = 0; start < count; start += DRAW_THREADS) {
+    for (int start = 0; start < count; start += ROW_THREADS) {
         const int i = start + threadIdx.x;
         const double weight = i < count ? weights[i] : 0.0;
         double total;
@@ -379,7 +282,7 @@ __device__ int gather(double* values, int* ids, const double* chunk_best, int nu
 // Keeps of a list (ascending by id) those of a key above `threshold` and, of those equal to it, the first num_equal.
 __device__ int keep(double* values, int* ids, int count, uint64 threshold, int num_equal, Scratch& scratch) {
     int num_kept = 0, num_ties = 0;
-    for (int start = 0; start < count; start += DRAW_THREADS) {
+    for (int start = 0; start < count; start += ROW_THREADS) {
         const int i = start + threadIdx.x;
         const double value = i < count ? values[i] : 0.0;
         const int id = i < count ? ids[i] : 0;
@@ -399,7 +302,7 @@ __device__ int keep(double* values, int* ids, int count, uint64 threshold, int n
 // The sum over a list of the weights (or, for is_count, the number) of those whose key is above `threshold`.
 __device__ double sum_above(const double* values, int count, uint64 threshold, bool is_count, Scratch& scratch) {
     double sum = 0.0;
-    for (int i = threadIdx.x; i < count; i += DRAW_THREADS)
+    for (int i = threadIdx.x; i < count; i += ROW_THREADS)
         if (double_key(values[i]) > threshold) sum += is_count ? 1.0 : values[i];
     return block_sum(sum, scratch.sums);
 }
@@ -408,7 +311,7 @@ __device__ double sum_above(const double* values, int count, uint64 threshold, b
 // taken in ascending order of id. The list holds that set.
 __device__ int keep_best(double* values, int* ids, int count, double target, bool is_count, Scratch& scratch) {
     double best = -INFINITY, worst = INFINITY;
-    for (int i = threadIdx.x; i < count; i += DRAW_THREADS) {
+    for (int i = threadIdx.x; i < count; i += ROW_THREADS) {
         best = fmax(best, values[i]);
         worst = fmin(worst, values[i]);
     }
@@ -434,7 +337,7 @@ __device__ int keep_best(double* values, int* ids, int count, double target, boo
 __device__ double least_of_top(const double* chunk_best, int num_chunks, int k, Scratch& scratch) {
     if (k > num_chunks) return -INFINITY;
     __syncthreads();
-    for (int i = threadIdx.x; i < num_chunks; i += DRAW_THREADS) {
+    for (int i = threadIdx.x; i < num_chunks; i += ROW_THREADS) {
         int rank = 0;
         for (int j = 0; j < num_chunks; j++)
             rank += chunk_best[j] > chunk_best[i] || (chunk_best[j] == chunk_best[i] && j < i);
@@ -447,36 +350,67 @@ __device__ double least_of_top(const double* chunk_best, int num_chunks, int k, 
 // Sum of a list's weights.
 __device__ double sum_list(const double* weights, int count, Scratch& scratch) {
     double sum = 0.0;
-    for (int i = threadIdx.x; i < count; i += DRAW_THREADS) sum += weights[i];
+    for (int i = threadIdx.x; i < count; i += ROW_THREADS) sum += weights[i];
     return block_sum(sum, scratch.sums);
 }
 
-// Cuts a list of weights to the nucleus: the largest ones that reach top_p of `total`, which all weights add up to. It
-// is first thinned: weights below a bound that together stay below what may be missing can't be part of it.
-__device__ int keep_nucleus(double* weights, int* ids, int count, double total, double top_p, Scratch& scratch) {
-    const double target = top_p * total;
-    for (int round = 0; round < 4 && count > DRAW_THREADS; round++) {
-        const double spare = sum_list(weights, count, scratch) - target;  // of the list, beyond the target
-        const double bound = 0.999999 * spare / count;  // below 1, the best weight: the list holds at most its count
-        if (!(bound > 0.0)) break;
-        const int thinned = keep(weights, ids, count, double_key(bound), 0, scratch);
-        if (thinned > count / 2) {
-            count = thinned;
-            break;
-        }
-        count = thinned;
+// The token drawn from a row's top_k values, of which top_p and min_p take their part.
+__device__ int draw_of_top(const RowSampling& sampling, double* values, int* ids, const double* chunk_best, double best,
+                           int vocab_size, int num_chunks, Scratch& scratch) {
+    const double least = least_of_top(chunk_best, num_chunks, sampling.top_k, scratch);
+    int count = gather(values, ids, chunk_best, num_chunks, vocab_size, least, scratch);
+    count = keep_best(values, ids, count, sampling.top_k, true, scratch);
+    for (int i = threadIdx.x; i < count; i += ROW_THREADS)
+        values[i] = exp(__ddiv_rn(__dsub_rn(values[i], best), sampling.temperature));
+    __syncthreads();
+    if (sampling.top_p < 1.0) {
+        const double total = sum_list(values, count, scratch);
+        count = keep_best(values, ids, count, sampling.top_p * total, false, scratch);
     }
-    return keep_best(weights, ids, count, target, false, scratch);
+    for (int i = threadIdx.x; i < count; i += ROW_THREADS)
+        if (values[i] < sampling.min_p) values[i] = 0.0;
+    __syncthreads();
+    double base = 0.0;
+    const double target = uniform(sampling) * sum_list(values, count, scratch);
+    return ids[find_place(values, count, target, base, scratch)];
 }
 
-// The token of a row. Launch: grid (rows), DRAW_THREADS threads.
-extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
+// Give the weights at a nucleus's cut to the chunks, in order, as many as it keeps.
+__device__ void share_ties(const Cut& cut, double* chunk_sums, int* chunk_ties, int num_chunks, Scratch& scratch) {
+    const int chunk = threadIdx.x;
+    const int num_ties = chunk < num_chunks ? chunk_ties[chunk] : 0;
+    double total;
+    const int before = static_cast<int>(block_scan(num_ties, total, scratch)) - num_ties;
+    const int num_kept = max(0, min(num_ties, cut.num_equal - before));
+    if (chunk < num_chunks) {
+        chunk_ties[chunk] = num_kept;
+        chunk_sums[chunk] += num_kept * cut.each;
+    }
+    __syncthreads();
+}
+
+// Weights of a chunk that are no part of the nucleus, or below min_p, become 0.
+__device__ void cut_chunk(const RowSampling& sampling, const Cut& cut, double* weights, int size, int num_ties,
+                          Scratch& scratch) {
+    const double weight = threadIdx.x < size ? weights[threadIdx.x] : 0.0;
+    const uint64 bits = static_cast<uint64>(__double_as_longlong(weight));
+    int total;
+    const int tie = block_rank(threadIdx.x < size && bits == cut.threshold, total, scratch);
+    const bool is_kept = bits > cut.threshold || (bits == cut.threshold && tie < num_ties);
+    if (threadIdx.x < size && !(is_kept && weight >= sampling.min_p)) weights[threadIdx.x] = 0.0;
+    __syncthreads();
+}
+
+// The token of a row. Launch: grid (rows), ROW_THREADS threads; num_chunks is at most as many.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     draw_rows(const RowSampling* rows,   // (gridDim.x,)
               double* values,            // (gridDim.x, vocab_size) values or weights; overwritten
               int* ids,                  // (gridDim.x, vocab_size) scratch
               const double* chunk_best,  // (gridDim.x, num_chunks)
-              const double* chunk_sums,  // (gridDim.x, num_chunks)
+              double* chunk_sums,        // (gridDim.x, num_chunks) of a nucleus: without ties; overwritten
               const double* row_best,    // (gridDim.x,)
+              const Cut* cuts,           // (gridDim.x,) of a nucleus
+              int* chunk_ties,           // (gridDim.x, num_chunks) of a nucleus: weights at the cut; overwritten
               int* token_ids,            // (rows of logits,) in: -1 if the row can't be drawn from; out
               int* last_tokens,          // (seats,) out
               unsigned int* counts,      // (seats, vocab_size) counts the token
@@ -486,49 +420,27 @@ extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
     await_inputs();
     const RowSampling& sampling = rows[blockIdx.x];
     if (token_ids[sampling.row] < 0) return;
-    double* own = values + static_cast<size_t>(blockIdx.x) * vocab_size;
-    int* own_ids = ids + static_cast<size_t>(blockIdx.x) * vocab_size;
+    values += static_cast<size_t>(blockIdx.x) * vocab_size;
+    ids += static_cast<size_t>(blockIdx.x) * vocab_size;
     chunk_best += static_cast<size_t>(blockIdx.x) * num_chunks;
     chunk_sums += static_cast<size_t>(blockIdx.x) * num_chunks;
-    const double best = row_best[blockIdx.x];
+    chunk_ties += static_cast<size_t>(blockIdx.x) * num_chunks;
     int id;
     if (sampling.temperature == 0.0) {
-        gather(own, own_ids, chunk_best, num_chunks, vocab_size, best, scratch);
-        __syncthreads();
-        id = own_ids[0];
-    } else if (keeps_values(sampling, vocab_size) || sampling.top_p < 1.0) {
-        int count;
-        double total;
-        if (keeps_values(sampling, vocab_size)) {
-            const double least = least_of_top(chunk_best, num_chunks, sampling.top_k, scratch);
-            count = gather(own, own_ids, chunk_best, num_chunks, vocab_size, least, scratch);
-            count = keep_best(own, own_ids, count, sampling.top_k, true, scratch);
-            for (int i = threadIdx.x; i < count; i += DRAW_THREADS)
-                own[i] = exp(__ddiv_rn(__dsub_rn(own[i], best), sampling.temperature));
-            __syncthreads();
-            total = sum_list(own, count, scratch);
-        } else {
-            total = 0.0;
-            for (int i = threadIdx.x; i < num_chunks; i += DRAW_THREADS) total += chunk_sums[i];
-            total = block_sum(total, scratch.sums);
-            const double bound = fmin(1.0, (1.0 - sampling.top_p) * total / vocab_size);
-            count = gather(own, own_ids, chunk_best, num_chunks, vocab_size, bound, scratch);
-        }
-        if (sampling.top_p < 1.0) count = keep_nucleus(own, own_ids, count, total, sampling.top_p, scratch);
-        if (sampling.min_p > 0.0) {
-            for (int i = threadIdx.x; i < count; i += DRAW_THREADS)
-                if (own[i] < sampling.min_p) own[i] = 0.0;
-            __syncthreads();
-        }
-        double base = 0.0;
-        const double target = uniform(sampling) * sum_list(own, count, scratch);
-        id = own_ids[find_place(own, count, target, base, scratch)];
+        gather(values, ids, chunk_best, num_chunks, vocab_size, row_best[blockIdx.x], scratch);
+        id = ids[0];
+    } else if (keeps_values(sampling, vocab_size)) {
+        id = draw_of_top(sampling, values, ids, chunk_best, row_best[blockIdx.x], vocab_size, num_chunks, scratch);
     } else {
-        double base = 0.0, total = 0.0;
-        for (int i = threadIdx.x; i < num_chunks; i += DRAW_THREADS) total += chunk_sums[i];
-        const double target = uniform(sampling) * block_sum(total, scratch.sums);
-        const int first = CHUNK * find_place(chunk_sums, num_chunks, target, base, scratch);
-        id = first + find_place(own + first, min(CHUNK, vocab_size - first), target, base, scratch);
+        const bool is_cut = has_nucleus(sampling, vocab_size);
+        if (is_cut) share_ties(cuts[blockIdx.x], chunk_sums, chunk_ties, num_chunks, scratch);
+        double base = 0.0;
+        const double target = uniform(sampling) * sum_list(chunk_sums, num_chunks, scratch);
+        const int chunk = find_place(chunk_sums, num_chunks, target, base, scratch);
+        double* weights = values + chunk * CHUNK;
+        const int size = min(CHUNK, vocab_size - chunk * CHUNK);
+        if (is_cut) cut_chunk(sampling, cuts[blockIdx.x], weights, size, chunk_ties[chunk], scratch);
+        id = chunk * CHUNK + find_place(weights, size, target, base, scratch);
     }
     if (threadIdx.x != 0) return;
     token_ids[sampling.row] = id;
