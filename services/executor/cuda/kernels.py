@@ -36,7 +36,8 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         ],
         Module("nucleus"): [
             ("sum_buckets", "sum_buckets", "PPPPii"),
-            ("find_cut", "find_cut", "PPPPPPii"),
+            ("list_border", "list_border", "PPPPPPi"),
+            ("find_cut", "find_cut", "PPPPPPPii"),
             ("sum_kept", "sum_kept", "PPPPPi"),
         ],
     }

@@ -68,6 +68,7 @@ class CudaSampler:
         self._chunk_ties = device.allocate(chunks // 2)
         self._row_best = device.allocate(8 * self._max_weighed)
         self._buckets = device.allocate(8 * 2 * NUM_BUCKETS * self._max_weighed)  # zero between steps
+        self._num_listed = device.allocate(4 * self._max_weighed)  # the same
         self._cuts = device.allocate(24 * self._max_weighed)
         # What set_counts reads: prompt and output have no more distinct ids than there are.
         self._seen = device.allocate(8 * vocab_size)
@@ -134,7 +135,9 @@ class CudaSampler:
         for level in (1, 2):
             arguments = (rows, self._values, self._chunk_sums, buckets, vocab_size, level)
             self._over_chunks("sum_buckets", count, *arguments)
-        found = (rows, self._values, self._ids, self._chunk_sums, buckets, self._cuts)
+        listed = (self._chunk_sums, buckets, self._ids, self._num_listed)
+        self._over_chunks("list_border", count, rows, self._values, *listed, vocab_size)
+        found = (rows, self._values, self._ids, self._num_listed, self._chunk_sums, buckets, self._cuts)
         self._device.launch("find_cut", (count, 1, 1), CHUNK, *found, vocab_size, self._num_chunks)
         kept = (rows, self._values, self._cuts, self._chunk_sums, self._chunk_ties)
         self._over_chunks("sum_kept", count, *kept, vocab_size)

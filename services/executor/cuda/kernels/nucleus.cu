@@ -1,11 +1,11 @@
 // The nucleus of top_p: a row's largest weights that reach top_p of all, equals in ascending order of id.
 //
 // Nothing is sorted. sum_buckets adds the weights up in buckets by size, then those of the bucket in which the sum of
-// the larger ones reaches the target in finer ones; find_cut finds the weight among the few that are left; sum_kept
-// tells draw_rows what each chunk keeps. Sums are of weights in fixed point, 2^-44 of the largest in their bucket,
+// the larger ones reaches the target in finer ones; list_border lists the few of the fine one that does; find_cut finds
+// the weight among them; sum_kept tells draw_rows what each chunk keeps. Sums are of weights in fixed point, 2^-44 of the largest in their bucket,
 // so that atomics add them in any order to the same bits, and as finely as float64 holds the sum of a row.
-// Launch: sum_buckets (level 1, then 2) and sum_kept: grid (num_chunks, rows), 256 threads; find_cut: grid (rows),
-// ROW_THREADS. Moves: 8 bytes a value in each of the four.
+// Launch: sum_buckets (level 1, then 2), list_border and sum_kept: grid (num_chunks, rows), 256 threads; find_cut: grid
+// (rows), ROW_THREADS. Moves: 8 bytes a value in each but find_cut.
 #include "sampling.cuh"
 
 #define FRACTION_BITS 44      // of a weight in fixed point
@@ -13,7 +13,6 @@
 #define FINE_SHIFT 39         // NUM_BUCKETS finer ones in each
 #define LAST_FINE_SHIFT 53    // in the last bucket, which all smaller weights share
 #define ONE_BITS 0x3ff0000000000000ull
-#define LOADS 4
 
 __device__ __forceinline__ uint64 bits_of(double weight) {
     return static_cast<uint64>(__double_as_longlong(weight));
@@ -127,6 +126,45 @@ extern "C" __global__ void __launch_bounds__(256)
         if (sums[i] > 0) atomicAdd(out + i, sums[i]);
 }
 
+// The ids of the weights in the fine bucket where the target is reached, in any order.
+extern "C" __global__ void __launch_bounds__(256)
+    list_border(const RowSampling* rows,   // (gridDim.y,)
+                const double* weights,     // (gridDim.y, vocab_size)
+                const double* chunk_sums,  // (gridDim.y, gridDim.x)
+                const uint64* buckets,     // (gridDim.y, 2, NUM_BUCKETS)
+                int* ids,                  // (gridDim.y, vocab_size) out
+                int* num_listed,           // (gridDim.y,) zero before
+                int vocab_size) {
+    __shared__ Border coarse, fine;
+    start_dependents();
+    await_inputs();
+    const RowSampling& sampling = rows[blockIdx.y];
+    if (!has_nucleus(sampling, vocab_size)) return;
+    if (threadIdx.x < 32) {
+        const size_t row = static_cast<size_t>(blockIdx.y) * gridDim.x;
+        buckets += static_cast<size_t>(blockIdx.y) * 2 * NUM_BUCKETS;
+        const double target = find_target(sampling, chunk_sums + row, gridDim.x);
+        const Border first = find_border(buckets, -1, 0.0, target);
+        const Border second = find_border(buckets + NUM_BUCKETS, first.bucket, first.above, target);
+        if (threadIdx.x == 0) coarse = first, fine = second;
+    }
+    __syncthreads();
+    const int first = blockIdx.x * CHUNK;
+    const double* own = weights + static_cast<size_t>(blockIdx.y) * vocab_size;
+    int* out = ids + static_cast<size_t>(blockIdx.y) * vocab_size;
+    for (int id = first + threadIdx.x; id < first + CHUNK; id += 256) {
+        const double weight = id < vocab_size ? own[id] : 0.0;
+        const bool is_listed = weight > 0.0 && bucket_of(weight) == coarse.bucket &&
+                               fine_bucket_of(weight, coarse.bucket) == fine.bucket;
+        const unsigned int ballot = __ballot_sync(0xffffffffu, is_listed);
+        if (!ballot) continue;
+        int place = 0;
+        if (threadIdx.x % 32 == 0) place = atomicAdd(num_listed + blockIdx.y, __popc(ballot));
+        place = __shfl_sync(0xffffffffu, place, 0) + __popc(ballot & ((1u << (threadIdx.x % 32)) - 1));
+        if (is_listed) out[place] = id;
+    }
+}
+
 // Sum of a block's integers in every thread. `scratch` has 32.
 __device__ uint64 block_sum(uint64 value, uint64* scratch) {
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
@@ -136,35 +174,6 @@ __device__ uint64 block_sum(uint64 value, uint64* scratch) {
     value = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0;
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
-}
-
-// The weights of one fine bucket: their ids, in any order. Returns how many.
-__device__ int list_bucket(const double* weights, int vocab_size, int bucket, int fine_bucket, int* ids, int* count) {
-    __syncthreads();
-    if (threadIdx.x == 0) *count = 0;
-    __syncthreads();
-    for (int start = 0; start < vocab_size; start += LOADS * ROW_THREADS) {
-        double loaded[LOADS];
-#pragma unroll
-        for (int load = 0; load < LOADS; load++) {
-            const int id = start + load * ROW_THREADS + threadIdx.x;
-            loaded[load] = id < vocab_size ? weights[id] : 0.0;
-        }
-#pragma unroll
-        for (int load = 0; load < LOADS; load++) {
-            const double weight = loaded[load];
-            const bool is_listed =
-                weight > 0.0 && bucket_of(weight) == bucket && fine_bucket_of(weight, bucket) == fine_bucket;
-            const unsigned int ballot = __ballot_sync(0xffffffffu, is_listed);
-            if (!ballot) continue;
-            int place = 0;
-            if (threadIdx.x % 32 == 0) place = atomicAdd(count, __popc(ballot));
-            place = __shfl_sync(0xffffffffu, place, 0) + __popc(ballot & ((1u << (threadIdx.x % 32)) - 1));
-            if (is_listed) ids[place] = start + load * ROW_THREADS + threadIdx.x;
-        }
-    }
-    __syncthreads();
-    return *count;
 }
 
 // Sum of the listed weights above a threshold, in the fixed point of their bucket.
@@ -181,7 +190,8 @@ __device__ uint64 sum_listed(const double* weights, const int* ids, int count, i
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     find_cut(const RowSampling* rows,   // (gridDim.x,)
              const double* weights,     // (gridDim.x, vocab_size)
-             int* ids,                  // (gridDim.x, vocab_size) scratch
+             const int* ids,            // (gridDim.x, vocab_size) as list_border leaves them
+             int* num_listed,           // (gridDim.x,) zero afterwards
              const double* chunk_sums,  // (gridDim.x, num_chunks)
              uint64* buckets,           // (gridDim.x, 2, NUM_BUCKETS) zero afterwards
              Cut* cuts,                 // (gridDim.x,) out
@@ -189,7 +199,6 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     __shared__ uint64 scratch[32];
     __shared__ Border coarse, fine;
     __shared__ double target;
-    __shared__ int num_listed;
     __shared__ uint64 lowest, highest;
     start_dependents();
     await_inputs();
@@ -211,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * NUM_BUCKETS; i += ROW_THREADS) buckets[i] = 0;
     const int bucket = coarse.bucket;
-    const int count = list_bucket(weights, vocab_size, bucket, fine.bucket, ids, &num_listed);
+    const int count = num_listed[blockIdx.x];
     for (int i = threadIdx.x; i < count; i += ROW_THREADS) {
         atomicMin(&lowest, bits_of(weights[ids[i]]));
         atomicMax(&highest, bits_of(weights[ids[i]]));
@@ -232,7 +241,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     double missing = ceil((target - above) / each);
     if (missing > 1.0 && above + (missing - 1.0) * each >= target) missing -= 1.0;  // the quotient was rounded up
     const int num_equal = static_cast<int>(fmin(fmax(missing, 1.0), static_cast<double>(vocab_size)));
-    if (threadIdx.x == 0) cuts[blockIdx.x] = {high, each, each < sampling.min_p ? 0 : num_equal, 0};
+    if (threadIdx.x != 0) return;
+    num_listed[blockIdx.x] = 0;
+    cuts[blockIdx.x] = {high, each, each < sampling.min_p ? 0 : num_equal, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(256)
