@@ -7,9 +7,15 @@ early or a cached block with other contents changes what is drawn.
 
 from __future__ import annotations
 
+import copy
+from collections import deque
+from dataclasses import replace
+
 import numpy as np
 
-from services.executor.step import FULL, WINDOW, KVGroup
+from services.executor.immediate import ImmediateRunner
+from services.executor.sampling import draw_tokens
+from services.executor.step import FULL, WINDOW, KVGroup, StepResult
 
 
 def fake_logits(token_ids, window, vocab_size, positions=None):
@@ -21,7 +27,7 @@ def fake_logits(token_ids, window, vocab_size, positions=None):
     return _logits(everything, recent, vocab_size)
 
 
-class FakeRunner:
+class FakeRunner(ImmediateRunner):
     """Implements step.Runner over arrays of ids and positions."""
 
     def __init__(self, vocab_size=40, window=6, block_size=4, num_blocks=None):
@@ -76,6 +82,48 @@ class FakeRunner:
         assert (blocks >= 0).all(), "a position that the query sees has no block"
         stored = self._stored[name][blocks, positions % self.block_size].astype(np.uint64)
         return stored[:, 0], stored[:, 1]
+
+
+class LateRunner(FakeRunner):
+    """The fake model as a device runs it: nothing of a step is known until it is collected, one step later.
+
+    What it draws with is its own, made when a sequence takes its seat: the engine's samplers lag behind.
+    """
+
+    depth = 2
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._samplers, self._last_ids = {}, {}  # by seat
+        self._results = deque()
+        self.launched = []  # every batch as it came; `batches` have their tokens filled in
+
+    def launch(self, batch, draws):
+        assert len(self._results) < self.depth, "too many steps at once"
+        self.launched.append(batch)
+        try:
+            self._results.append(self._run(batch, draws))
+        except RuntimeError as error:
+            self._results.append(error)
+
+    def collect(self):
+        result = self._results.popleft()
+        if isinstance(result, RuntimeError):
+            raise result
+        return result
+
+    def _run(self, batch, draws):
+        token_ids = [self._last_ids[-1 - token_id] if token_id < 0 else token_id for token_id in batch.token_ids]
+        logits = self.forward(replace(batch, token_ids=np.array(token_ids, np.int32)))
+        for place in draws.starts:
+            self._samplers[int(draws.seats[place])] = copy.deepcopy(draws.samplers[place])
+        samplers = [self._samplers[seat] for seat in draws.seats.tolist()]
+        assert [sampler.num_tokens for sampler in samplers] == draws.token_indices.tolist()
+        drawn = draw_tokens(logits[draws.rows], samplers) if samplers else []
+        for seat, sampler, token_id in zip(draws.seats.tolist(), samplers, drawn, strict=True):
+            self._last_ids[seat] = token_id or 0
+            sampler.observe(token_id or 0)
+        return StepResult(drawn, logits[draws.wanted])
 
 
 def _mix_context(token_ids, positions):

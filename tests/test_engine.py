@@ -32,7 +32,7 @@ from tests.engine_harness import (
     run_alone,
     step,
 )
-from tests.fake_runner import FakeRunner
+from tests.fake_runner import FakeRunner, LateRunner
 
 SCARCE = {FULL: 20, WINDOW: 12}
 
@@ -251,18 +251,27 @@ def test_sixteen_requests_together_are_each_as_alone(seed):
         assert transcripts[request.request_id].outputs == run_alone(request).outputs
 
 
+@pytest.mark.parametrize("make_runner", [FakeRunner, LateRunner])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_traces(seed):
-    trace(seed)
+def test_random_traces(seed, make_runner):
+    trace(seed, make_runner)
 
 
-def trace(seed):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("first", range(100, 1100, 100))
+def test_a_thousand_random_traces_of_overlapping_steps(first):
+    for seed in range(first, first + 100):
+        trace(seed, LateRunner)
+
+
+def trace(seed, make_runner=FakeRunner):
     """Submits, cancels, scarce blocks: every invariant after every step, every survivor as alone."""
     rng = random.Random(seed)
-    runner = FakeRunner(window=rng.choice([1, 3, 6, 9]), num_blocks=SCARCE)
+    runner = make_runner(window=rng.choice([1, 3, 6, 9]), num_blocks=SCARCE)
     engine = make_engine(runner, max_batch_tokens=12, max_running=6, max_scored_rows=5)
     waiting = mixed_requests(rng, 25)
-    requests, transcripts, cancelled = {}, {}, set()
+    requests, transcripts, cancelled, dropped = {}, {}, set(), set()
     while waiting or engine.has_work:
         while waiting and rng.random() < 0.4:
             request = waiting.pop()
@@ -274,14 +283,37 @@ def trace(seed):
                 cancelled.add(request_id)
                 engine.check_integrity()
                 transcripts[request_id].add = _refuse
+        if transcripts and rng.random() < 0.03:
+            request_id = rng.choice(sorted(transcripts))
+            if engine.cancel(request_id, index := rng.randrange(2)):
+                dropped.add((request_id, index))
+                engine.check_integrity()
         step(engine, transcripts)
     for request_id in transcripts.keys() - cancelled:
-        assert_as_expected(transcripts[request_id], requests[request_id], runner)
+        assert_survivors_as_expected(transcripts[request_id], requests[request_id], runner, dropped)
     assert num_free(engine) == SCARCE
     status = engine.status()
     assert (status.num_running, status.num_waiting) == (0, 0)
     assert status.num_cached_tokens > 0
     return status.num_preemptions
+
+
+def assert_survivors_as_expected(transcript, request, runner, dropped):
+    """As expected, but for outputs dropped on the way: of those a beginning may have come."""
+    wanted = expected(request, runner)
+    assert transcript.error is None
+    for index, output in wanted.outputs.items():
+        found = transcript.outputs.get(index)
+        if (request.request_id, index) not in dropped:
+            assert found == output
+        elif found is not None:
+            assert found.token_ids == output.token_ids[: len(found.token_ids)]
+            assert found.reason is None
+    num_scored = len(transcript.prompt_logprobs)
+    is_cut = all(
+        (request.request_id, index) in dropped or not wanted.outputs[index].token_ids for index in wanted.outputs
+    )
+    assert transcript.prompt_logprobs == wanted.prompt_logprobs[: num_scored if is_cut else None]
 
 
 def test_random_traces_preempt():
@@ -483,6 +515,84 @@ def test_prompt_rows_that_are_not_numbers_fail_the_request():
     runner.nan_token_id = 33
     assert run_alone(make_request(prompt=[1, 33, 2], prompt_logprobs=1), runner).error.reason is Reason.INTERNAL
     assert run_alone(make_request(prompt=[1, 33, 2]), runner).error is None
+
+
+# Steps that overlap.
+
+
+def test_the_next_step_is_launched_before_a_token_is_known():
+    runner = LateRunner()
+    engine = make_engine(runner)
+    request = make_request(max_tokens=4)
+    engine.submit(request)
+    assert engine.step() == []
+    assert [len(engine.step()) for _ in range(4)] == [2, 1, 1, 2]
+    # No row for the token that max_tokens makes the last.
+    assert [batch.token_ids.tolist() for batch in runner.launched] == [[1, 2, 3], [-1], [-1], [-1]]
+    assert not engine.has_work
+
+
+def test_a_stop_id_leaves_one_row_that_nobody_reads():
+    free = run_alone(make_request(max_tokens=8)).outputs[0].token_ids
+    runner = LateRunner()
+    engine = make_engine(runner)
+    request = make_request(max_tokens=8, stopping={"stop_token_ids": frozenset({free[2]})})
+    assert_as_expected(run(engine, request)["a"], request)
+    assert len(runner.batches) == free.index(free[2]) + 2
+    assert engine.status().num_output_tokens == free.index(free[2]) + 1
+
+
+def test_an_id_cancelled_and_used_again_gets_nothing_of_the_step_that_still_runs():
+    engine = make_engine(LateRunner())
+    engine.submit(make_request("a", [5, 6, 7]))
+    engine.step()
+    assert engine.cancel("a")
+    assert engine.has_work  # the step is still to be collected
+    other = make_request("a", [8, 9])
+    assert_as_expected(run(engine, other)["a"], other)
+    assert not engine.has_work
+
+
+def test_a_step_that_breaks_late_fails_its_requests_and_no_other():
+    runner = LateRunner()
+    runner.fails_at = 3
+    engine = make_engine(runner, max_running=2)
+    whole = num_free(engine)
+    requests = [make_request(str(number), range(10 * number, 10 * number + 9)) for number in range(3)]
+    transcripts = run(engine, *requests)
+    for request_id in "01":
+        assert transcripts[request_id].error.reason is Reason.INTERNAL
+    assert_as_expected(transcripts["2"], requests[2])
+    assert num_free(engine) == whole
+    again = run(engine, requests[0])["0"]
+    assert again.started.num_cached_tokens == 0
+    assert_as_expected(again, requests[0])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "num_outputs": 2}])
+def test_logits_that_are_not_numbers_fail_their_request_alone_late(sampling):
+    runner = LateRunner()
+    runner.nan_token_id = 33
+    bad = make_request("bad", [1, 2, 33], sampling=sampling)
+    good = make_request("good", [1, 2, 3], sampling={"logit_bias": {33: -100.0}})
+    transcripts = run(make_engine(runner), bad, good)
+    assert transcripts["bad"].error.reason is Reason.INTERNAL
+    assert_as_expected(transcripts["good"], good)
+
+
+def test_the_scores_of_a_prompt_go_on_when_the_output_that_computes_it_is_dropped_in_a_running_step():
+    request = make_request(prompt=range(30), sampling={"temperature": 1.0, "num_outputs": 2}, prompt_logprobs=0)
+    engine = make_engine(LateRunner(), max_scored_rows=8)
+    engine.submit(request)
+    transcript = Transcript()
+    step(engine, {"a": transcript})
+    step(engine, {"a": transcript})
+    assert engine.cancel("a", 0)
+    while engine.has_work:
+        step(engine, {"a": transcript})
+    wanted = expected(request)
+    assert transcript.prompt_logprobs == wanted.prompt_logprobs
+    assert transcript.outputs == {1: wanted.outputs[1]}
 
 
 # Refusals.

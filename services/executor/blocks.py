@@ -16,6 +16,9 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from services.executor.sequence import BlockTable, Sequence
 from services.executor.step import KVGroup
 
@@ -147,17 +150,20 @@ class BlockManager:
         groups: of the model.
         block_size: tokens that a block holds, the same in all groups.
         num_blocks: blocks of each group, by its name.
+        depth: most steps that run at once; what the window has passed is freed when a step is over.
     """
 
-    def __init__(self, groups: Items[KVGroup], block_size: int, num_blocks: Mapping[str, int]) -> None:
+    def __init__(self, groups: Items[KVGroup], block_size: int, num_blocks: Mapping[str, int], depth: int = 1) -> None:
         self.block_size = block_size
+        self._depth = depth
         self.group_names = tuple(group.name for group in groups)
         self._pools = tuple(BlockPool(group, block_size, num_blocks[group.name]) for group in groups)
+        self._windowed_pools = [(number, pool) for number, pool in enumerate(self._pools) if pool.window]
 
     def shortage(self, num_positions: int, max_chunk: int) -> BlockUsage | None:
         """A group that could not hold `num_positions` of one sequence even if it were alone."""
         for pool in self._pools:
-            if pool.max_needed(num_positions, max_chunk) > pool.num_blocks:
+            if pool.max_needed(num_positions, self._depth * max_chunk) > pool.num_blocks:
                 return pool.usage()
         return None
 
@@ -175,14 +181,15 @@ class BlockManager:
             blocks = [pool.find(block_hash) for block_hash in sequence.block_hashes[begin:num_hits]]
             hits.append([block for block in blocks if block is not None])
             num_shared = sum(pool.is_used(block) for block in hits[-1])
-            if pool.max_needed(sequence.num_tokens, max_chunk) - num_shared > pool.num_free - num_spare:
+            num_needed = pool.max_needed(sequence.num_tokens, self._depth * max_chunk)
+            if num_needed - num_shared > pool.num_free - num_spare:
                 return False
         for pool, table, blocks_found in zip(self._pools, sequence.tables, hits, strict=True):
             for block in blocks_found:
                 pool.share(block)
             table.begin, table.end = num_hits - len(blocks_found), num_hits
             table.ids[table.begin : table.end] = blocks_found
-        sequence.num_computed = sequence.num_allocated = num_hits * self.block_size
+        sequence.num_computed = sequence.num_launched = sequence.num_allocated = num_hits * self.block_size
         sequence.num_registered = num_hits
         return True
 
@@ -210,15 +217,15 @@ class BlockManager:
                 for logical in range(max(sequence.num_registered, table.begin), num_full):
                     pool.register(int(table.ids[logical]), sequence.block_hashes[logical])
             sequence.num_registered = num_full
-        for pool, table in zip(self._pools, sequence.tables, strict=True):
-            if pool.window:
-                for logical in range(table.begin, pool.first_needed(sequence.num_computed)):
-                    pool.release(int(table.ids[logical]))
-                    table.ids[logical] = -1
-                    table.begin = logical + 1
+        for number, pool in self._windowed_pools:
+            table = sequence.tables[number]
+            for logical in range(table.begin, pool.first_needed(sequence.num_computed)):
+                pool.release(int(table.ids[logical]))
+                table.ids[logical] = -1
+                table.begin = logical + 1
 
     def free(self, sequence: Sequence, is_sound: bool = True) -> None:
-        """Take all its blocks back and set num_computed to 0; contents that are not sound leave the prefix cache."""
+        """Take all its blocks back and start it over; contents that are not sound leave the prefix cache."""
         for pool, table in zip(self._pools, sequence.tables, strict=True):
             if not is_sound:
                 for block_hash in sequence.block_hashes[: sequence.num_registered]:
@@ -228,7 +235,11 @@ class BlockManager:
                 pool.release(block)
             table.ids[table.begin : table.end] = -1
             table.begin = table.end = 0
-        sequence.num_computed = sequence.num_allocated = sequence.num_registered = 0
+        sequence.num_computed = sequence.num_launched = sequence.num_allocated = sequence.num_registered = 0
+
+    def tables_of(self, sequence: Sequence) -> dict[str, NDArray[np.int32]]:
+        """The tables by group, as they are now and as they will be."""
+        return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
 
     def usage(self) -> tuple[BlockUsage, ...]:
         return tuple(pool.usage() for pool in self._pools)

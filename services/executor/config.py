@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.executor.engine_config import EngineConfig
-from services.executor.step import FULL, WINDOW
+from services.executor.step import FULL, GPU_DEPTH, WINDOW
 from shared.config import ClientConfig, ServerConfig
 from shared.cuda_memory import device_index
 from shared.errors import Reason, ServiceError
@@ -71,8 +71,11 @@ class ExecutorConfig:
         )
 
     def _num_blocks(self, model: GPTConfig, context: int) -> dict[str, int]:
-        groups = kv_groups(model, self.block_size, on_gpu=self.device != "cpu")
-        useful = num_kv_blocks(model, context, self.max_running, self.block_size, self.max_batch_tokens)
+        on_gpu = self.device != "cpu"
+        groups = kv_groups(model, self.block_size, on_gpu=on_gpu)
+        # What the window has passed is freed when a step is over: the next one has its blocks by then.
+        max_tokens = self.max_batch_tokens * (GPU_DEPTH if on_gpu else 1)
+        useful = num_kv_blocks(model, context, self.max_running, self.block_size, max_tokens)
         remaining = self.kv_memory_bytes
         num_blocks: dict[str, int] = {}
         # Windowed layers first: what they need does not grow with the context.

@@ -1,7 +1,8 @@
-"""The engine: requests in, events out, one step at a time.
+"""The engine: requests in, events out, step after step.
 
-It is single-threaded: `submit`, `cancel` and `status` are called between steps. `docs/decisions/002` tells why
-it schedules and samples as it does.
+It is single-threaded: `submit`, `cancel` and `status` are called between steps. A runner on a device computes a step
+while the engine takes in the one before it and plans the next: the host never stands between two steps.
+`docs/decisions/002` tells why it schedules and samples as it does, `021` how steps overlap.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import itertools
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from services.executor.admission import check_queue, check_request, max_tokens
 from services.executor.blocks import BlockManager, BlockUsage
 from services.executor.engine_config import EngineConfig
-from services.executor.outcome import Outcome, read_logits
+from services.executor.outcome import Outcome, read_result
+from services.executor.plan import Plan
 from services.executor.request import (
     Event,
     FinishReason,
@@ -31,7 +31,7 @@ from services.executor.request import (
     ResumedOutput,
     TokenDrawn,
 )
-from services.executor.scheduler import Plan, Scheduler
+from services.executor.scheduler import Scheduler
 from services.executor.sequence import ActiveRequest, Sequence
 from services.executor.step import Runner
 from shared.errors import Reason, ServiceError, invalid_field
@@ -74,10 +74,11 @@ class Engine:
         self._runner = runner
         self._config = config
         self._clock = clock
-        self._blocks = BlockManager(runner.kv_groups, config.block_size, config.num_blocks)
+        self._blocks = BlockManager(runner.kv_groups, config.block_size, config.num_blocks, runner.depth)
         self._scheduler = Scheduler(config, self._blocks)
         self._requests: dict[str, ActiveRequest] = {}
         self._ended: list[ActiveRequest] = []  # submitted with nothing left to run
+        self._in_flight: deque[tuple[Plan, float]] = deque()  # steps launched, oldest first, and when
         self._arrivals = itertools.count()
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -86,7 +87,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests)
+        return bool(self._requests or self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Take a request; what comes of it comes from `step`.
@@ -128,23 +129,15 @@ class Engine:
         return True
 
     def step(self) -> list[Event]:
-        """Run every chosen sequence's next tokens through the model once; returns what came of it."""
+        """Launch the next step, then take in the oldest that runs, unless the runner can hold one more."""
         step_time = self._clock()
         events = self._tell_ended(step_time)
         plan = self._scheduler.schedule()
-        if plan is None:
-            assert not self._requests, "sequences wait, and none can run"
-            return events
-        try:
-            logits = self._run(plan)
-            outcomes = read_logits(plan, logits)
-        except Exception:
-            return events + self._fail_step(plan)
-        self._num_steps += 1
-        events += self._fail_unsound(outcomes)
-        for outcome in outcomes:
-            if outcome.share.sequence.active.request.request_id in self._requests:
-                self._deliver(outcome, step_time, events)
+        assert plan is not None or self._in_flight or not self._requests, "sequences wait, and none can run"
+        if plan is not None:
+            events += self._launch(plan, step_time)
+        if self._in_flight and (plan is None or len(self._in_flight) >= self._runner.depth):
+            events += self._collect()
         return events
 
     def status(self) -> EngineStatus:
@@ -198,27 +191,56 @@ class Engine:
         self._ended.clear()
         return events
 
-    def _run(self, plan: Plan) -> NDArray[np.float32]:
-        """Logits (num_logits, vocab_size) of a step."""
-        logits = self._runner.forward(plan.batch)
-        assert logits.shape == (len(plan.batch.logits_rows), self._runner.vocab_size), "the runner gave other rows"
-        return logits
+    def _launch(self, plan: Plan, step_time: float) -> list[Event]:
+        """Give a step to the runner."""
+        try:
+            self._runner.launch(plan.batch, plan.draws)
+        except Exception:
+            return self._fail_step(plan)
+        self._scheduler.launch(plan)
+        self._in_flight.append((plan, step_time))
+        return []
 
-    def _deliver(self, outcome: Outcome, step_time: float, events: list[Event]) -> None:
+    def _collect(self) -> list[Event]:
+        """Take in what the oldest step gave."""
+        plan, step_time = self._in_flight.popleft()
+        self._scheduler.collect(plan)
+        try:
+            outcomes = read_result(plan, self._runner.collect())
+        except Exception:
+            return self._fail_step(plan)
+        self._num_steps += 1
+        events = self._fail_unsound(outcomes)
+        now = self._clock()
+        for outcome in outcomes:
+            if self._concerns(outcome):
+                self._deliver(outcome, step_time, now, events)
+        return events
+
+    def _concerns(self, outcome: Outcome) -> bool:
+        """Whether anybody still waits for what a sequence's rows gave: it may have ended, or been dropped, since."""
+        sequence = outcome.share.sequence
+        active = sequence.active
+        if self._requests.get(active.request.request_id) is not active:
+            return False
+        # Scores of the prompt are the request's: the next output goes on after them.
+        return active.sequences.get(sequence.index) is sequence or outcome.share.num_scored_rows > 0
+
+    def _deliver(self, outcome: Outcome, step_time: float, now: float, events: list[Event]) -> None:
         """Take what one sequence's rows gave into its state and tell it."""
-        sequence, active = outcome.share.sequence, outcome.share.sequence.active
-        self._advance(sequence, outcome.share.num_tokens)
+        sequence = outcome.share.sequence
+        active = sequence.active
+        if sequence.seat is not None:  # else its blocks were taken from it while the step ran
+            self._advance(sequence, outcome.share.num_tokens)
         if not active.is_started:
             self._start(active, step_time, events)
         if outcome.scores:
-            events.append(PromptScored(active.request.request_id, active.num_scored_rows + 1, outcome.scores))
-            active.num_scored_rows += len(outcome.scores)
-        if outcome.token_id is None:
+            events.append(PromptScored(active.request.request_id, outcome.share.first_scored + 1, outcome.scores))
+        if outcome.token_id is None or active.sequences.get(sequence.index) is not sequence:
             return
         sequence.append(outcome.token_id)
         self._num_output_tokens += 1
         events.append(TokenDrawn(active.request.request_id, sequence.index, outcome.token_id, outcome.logprobs))
-        now = self._clock()
         if sequence.first_token_time is None:
             sequence.first_token_time = now
         ending = sequence.ending()
@@ -261,15 +283,18 @@ class Engine:
         del self._requests[active.request.request_id]
 
     def _fail_step(self, plan: Plan) -> list[Event]:
-        """Fail every request of a step that broke; nothing of it has been taken into any state."""
+        """Fail every request of a step that broke."""
         reference = uuid.uuid4().hex[:12]
         log.exception("a step failed, reference %s", reference)
         error = f"the model failed in the step that this request was in, reference {reference}"
-        return self._fail([share.sequence.active for share in plan.shares], error, reference)
+        actives = [share.sequence.active for share in plan.shares]
+        running = [active for active in actives if self._requests.get(active.request.request_id) is active]
+        return self._fail(running, error, reference)
 
     def _fail_unsound(self, outcomes: list[Outcome]) -> list[Event]:
         """Fail the requests whose logits can't be drawn from."""
-        actives = [outcome.share.sequence.active for outcome in outcomes if not outcome.is_sound]
+        unsound = [outcome for outcome in outcomes if not outcome.is_sound and self._concerns(outcome)]
+        actives = [outcome.share.sequence.active for outcome in unsound]
         if not actives:
             return []
         reference = uuid.uuid4().hex[:12]

@@ -1,19 +1,19 @@
-"""What the logits of a step say: a token drawn for each sequence that draws, scores of prompt tokens."""
+"""What a step's result says: the token of each sequence that draws, log-probabilities of it and of prompt tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.executor.plan import Plan, Share
 from services.executor.request import Logprobs
-from services.executor.sampling import draw_tokens, score
-from services.executor.scheduler import Plan, Share
+from services.executor.sampling import score
+from services.executor.step import StepResult
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one sequence's rows of logits gave."""
 
     share: Share
@@ -23,40 +23,32 @@ class Outcome:
     is_sound: bool  # all its rows were finite
 
 
-def read_logits(plan: Plan, logits: NDArray[np.float32]) -> list[Outcome]:
-    """Draw and score what a step's logits (num_logits, vocab_size) say, in the order of its shares."""
-    drawing = [share for share in plan.shares if share.draws]
-    if not drawing:
-        return [_outcome(share, logits, None) for share in plan.shares]
-    rows = logits
-    if len(drawing) < len(logits):
-        rows = logits[[_draw_row(share) for share in drawing]]
-    token_ids = iter(draw_tokens(rows, [share.sequence.sampler for share in drawing]))
-    return [_outcome(share, logits, next(token_ids) if share.draws else None) for share in plan.shares]
+def read_result(plan: Plan, result: StepResult) -> list[Outcome]:
+    """What a step gave to each of its shares, in their order."""
+    token_ids = iter(result.token_ids)
+    return [_outcome(share, result.logits, next(token_ids) if share.draws else None) for share in plan.shares]
 
 
 def _outcome(share: Share, logits: NDArray[np.float32], token_id: int | None) -> Outcome:
-    num_top = share.sequence.active.request.logprobs
+    is_drawn = token_id is not None or not share.draws
+    if not share.num_wanted:
+        return Outcome(share, token_id, None, (), is_drawn)
+    request = share.sequence.active.request
     logprobs: Logprobs | None = None
-    if token_id is not None and num_top is not None:
-        logprobs = score(logits[_draw_row(share)], token_id, num_top)
+    if token_id is not None and request.logprobs is not None:
+        logprobs = score(logits[share.first_wanted + share.num_scored_rows], token_id, request.logprobs)
     scores = _prompt_scores(share, logits) if share.num_scored_rows else ()
-    is_sound = len(scores) == share.num_scored_rows and (token_id is not None or not share.draws)
-    return Outcome(share, token_id, logprobs, scores, is_sound)
-
-
-def _draw_row(share: Share) -> int:
-    return share.logits_start + share.num_scored_rows
+    return Outcome(share, token_id, logprobs, scores, is_drawn and len(scores) == share.num_scored_rows)
 
 
 def _prompt_scores(share: Share, logits: NDArray[np.float32]) -> tuple[Logprobs, ...]:
     """Scores of the prompt tokens that follow the share's scored rows, up to the first that is not finite."""
-    active = share.sequence.active
-    assert active.request.prompt_logprobs is not None
+    request = share.sequence.active.request
+    assert request.prompt_logprobs is not None
     scores: list[Logprobs] = []
     for row in range(share.num_scored_rows):
-        token_id = active.request.prompt_token_ids[active.num_scored_rows + row + 1]
-        logprobs = score(logits[share.logits_start + row], token_id, active.request.prompt_logprobs)
+        token_id = request.prompt_token_ids[share.first_scored + row + 1]
+        logprobs = score(logits[share.first_wanted + row], token_id, request.prompt_logprobs)
         if logprobs is None:
             break
         scores.append(logprobs)

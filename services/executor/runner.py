@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from services.executor.immediate import ImmediateRunner
 from services.executor.models import build_model
 from services.executor.ops.numpy_kv import allocate_kv
 from services.executor.ops.numpy_ops import NumpyOps
@@ -18,7 +19,7 @@ from shared.layout import COLUMN_MULTIPLE
 from shared.memory import kv_groups
 
 
-class NumpyRunner:
+class NumpyRunner(ImmediateRunner):
     """Implements `services.executor.step.Runner` with numpy.
 
     Args:
@@ -58,7 +59,6 @@ class NumpyRunner:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._kv_layers)
 
     def forward(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Write the KV of every row; logits (num_logits, vocab_size). The batch has at least one row."""
         with np.errstate(over="ignore"):  # exp of a large negative gate: the sigmoid is then zero, as it should be
             logits: NDArray[np.float32] = self._model.forward(self._ops.prepare(batch), self._kv_layers)
         return logits

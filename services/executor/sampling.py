@@ -73,59 +73,59 @@ class OutputSampler:
         self, sampling: Sampling, stopping: Stopping, index: int, vocab_size: int, prompt_token_ids: Iterable[int]
     ) -> None:
         self.num_tokens = 0  # observed so far: the index of the token to draw next
-        self._sampling = sampling
-        self._index = index
-        self._min_tokens = stopping.min_tokens
+        self.sampling = sampling
+        self.index = index
+        self.min_tokens = stopping.min_tokens
         stop_ids = stopping.stop_token_ids | stopping.eog_token_ids
-        self._stop_ids = np.array(sorted(id_ for id_ in stop_ids if id_ < vocab_size), np.intp)
-        self._bias_ids = np.array(list(sampling.logit_bias.keys()), np.intp)
-        self._bias = np.array(list(sampling.logit_bias.values()), np.float64)
-        self._seen = _SeenIds(prompt_token_ids) if _has_penalties(sampling) else None
-        self._is_plain_greedy = sampling.temperature == 0 and not sampling.logit_bias and self._seen is None
+        self.stop_ids = np.array(sorted(id_ for id_ in stop_ids if id_ < vocab_size), np.intp)
+        self.bias_ids = np.array(list(sampling.logit_bias.keys()), np.intp)
+        self.biases = np.array(list(sampling.logit_bias.values()), np.float64)
+        self.seen = SeenIds(prompt_token_ids) if _has_penalties(sampling) else None
+        self.is_plain_greedy = sampling.temperature == 0 and not sampling.logit_bias and self.seen is None
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is simply the best of the model's logits."""
-        return self._is_plain_greedy and not self._masks_stops
+        return self.is_plain_greedy and not self._masks_stops
 
     def observe(self, token_id: int) -> None:
         """Count a token of the output, drawn or resumed."""
         self.num_tokens += 1
-        if self._seen is not None:
-            self._seen.count(token_id)
+        if self.seen is not None:
+            self.seen.count(token_id)
 
     def draw(self, logits: NDArray[np.float32]) -> int:
         """The next token for a row of logits (vocab_size,) whose largest value is finite."""
         values = self._adjusted(logits)
-        if self._sampling.temperature == 0:
+        if self.sampling.temperature == 0:
             return int(values.argmax())
         ids, weights = self._cut(values)
         cumulative = weights.cumsum()
         # The best weight is 1, so the sum is at least 1, and u <= 1 - 2**-53 keeps the product below it.
-        target = uniform(self._sampling.seed, self._index, self.num_tokens) * cumulative[-1]
+        target = uniform(self.sampling.seed, self.index, self.num_tokens) * cumulative[-1]
         drawn = int(cumulative.searchsorted(target, side="right"))
         return drawn if ids is None else int(ids[drawn])
 
     @property
     def _masks_stops(self) -> bool:
-        return self.num_tokens < self._min_tokens and len(self._stop_ids) > 0
+        return self.num_tokens < self.min_tokens and len(self.stop_ids) > 0
 
     def _adjusted(self, logits: NDArray[np.float32]) -> Values:
         """Logits after bias, penalties and the mask of min_tokens, (vocab_size,)."""
         values = logits.astype(np.float64)
-        if len(self._bias_ids):
-            values[self._bias_ids] += self._bias
-        if self._seen is not None:
-            self._penalise(values, self._seen)
+        if len(self.bias_ids):
+            values[self.bias_ids] += self.biases
+        if self.seen is not None:
+            self._penalise(values, self.seen)
         if self._masks_stops:
-            unmasked = values[self._stop_ids]
-            values[self._stop_ids] = -np.inf
+            unmasked = values[self.stop_ids]
+            values[self.stop_ids] = -np.inf
             if values.max() == -np.inf:  # nothing else is left to draw: the mask yields
-                values[self._stop_ids] = unmasked
+                values[self.stop_ids] = unmasked
         return values
 
-    def _penalise(self, values: Values, seen: _SeenIds) -> None:
-        sampling = self._sampling
+    def _penalise(self, values: Values, seen: SeenIds) -> None:
+        sampling = self.sampling
         ids, counts = seen.ids, seen.counts
         penalised = values[ids]
         if sampling.repetition_penalty != 1:
@@ -136,7 +136,7 @@ class OutputSampler:
 
     def _cut(self, values: Values) -> tuple[Ids | None, Values]:
         """The ids that may be drawn, ascending (None: all), and their weights; the largest weight is 1."""
-        sampling = self._sampling
+        sampling = self.sampling
         ids: Ids | None = None
         if 0 < sampling.top_k < len(values):
             ids = _largest(values, sampling.top_k)
@@ -154,7 +154,7 @@ class OutputSampler:
         return ids, weights
 
 
-class _SeenIds:
+class SeenIds:
     """The distinct ids of prompt and output, and how often each came in the output."""
 
     def __init__(self, prompt_token_ids: Iterable[int]) -> None:

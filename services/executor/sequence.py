@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -40,7 +41,7 @@ class ActiveRequest:
         self.num_cached_tokens = 0  # of the prompt, at the first admission
         self.is_started = False  # RequestStarted has been sent
         self.is_prompt_computed = False  # by one of the sequences; the others find it in the prefix cache
-        # Prompt positions whose next token is to be scored, and how many of them have been.
+        # Prompt positions whose next token is to be scored, and how many of them have been, in steps launched.
         self.num_rows_to_score = 0 if request.prompt_logprobs is None else len(request.prompt_token_ids) - 1
         self.num_scored_rows = 0
 
@@ -53,8 +54,10 @@ class ActiveRequest:
 class Sequence:
     """One output of a request: its tokens, how far they are computed, and the blocks that hold them.
 
-    Positions 0 : num_computed are in the KV blocks; num_computed : num_tokens are known and wait to be run.
-    The next token can be drawn once no position waits. Outside the running batch num_computed is 0.
+    Positions 0 : num_computed are in the KV blocks. Up to num_launched they are in steps that run, and the tokens from
+    num_tokens on, num_drawing of them, are not known yet; what follows waits to be run. The next token can be drawn
+    once no position waits. Outside the running batch num_computed and num_launched are 0, and there is no seat; but
+    steps that were launched before may hold the sequence still, and draw its next token.
 
     Args:
         active: the request.
@@ -66,8 +69,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "active", "block_hashes", "first_token_time", "index", "max_tokens", "num_allocated", "num_computed",
-        "num_prompt_tokens", "num_registered", "num_tokens", "rank", "sampler", "stop_ids", "tables", "token_ids",
+        "active", "block_hashes", "block_tables", "first_token_time", "has_drawn", "index", "max_tokens",
+        "num_allocated", "num_computed", "num_drawing", "num_in_flight", "num_launched", "num_prompt_tokens",
+        "num_registered", "num_tokens", "rank", "sampler", "seat", "stop_ids", "tables", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -93,11 +97,17 @@ class Sequence:
         self.token_ids[: self.num_tokens] = active.prompt_token_ids
         self.sampler = OutputSampler(request.sampling, request.stopping, index, vocab_size, request.prompt_token_ids)
         self.num_computed = 0
+        self.num_launched = 0
+        self.num_drawing = 0
+        self.num_in_flight = 0  # steps that hold it
+        self.seat: int | None = None  # its number in the running batch
+        self.has_drawn = False  # since it took its seat
         self.first_token_time: float | None = None  # of the first token drawn here
         # Kept by the block manager.
         self.tables = tuple(BlockTable(-(-capacity // block_size)) for _ in range(num_groups))
         self.num_allocated = 0  # positions that the tables hold blocks for
         self.num_registered = 0  # leading blocks known to the prefix cache
+        self.block_tables: Mapping[str, NDArray[np.int32]] = {}  # ids of `tables` by group, in the running batch
         self.block_hashes: list[bytes] = []  # of leading full blocks, as far as they have been wanted
         for token_id in resumed_token_ids:
             self.append(token_id)
@@ -109,7 +119,12 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Positions to run before the next token can be drawn, at least 1."""
-        return self.num_tokens - self.num_computed
+        return self.num_tokens + self.num_drawing - self.num_launched
+
+    @property
+    def awaits_its_last(self) -> bool:
+        """Whether the last token that it may have is being drawn: it will not be run."""
+        return self.num_drawing > 0 and self.num_output_tokens + self.num_drawing >= self.max_tokens
 
     @property
     def scores_prompt(self) -> bool:

@@ -105,6 +105,16 @@ class Device:
         array: NDArray[Any] = cuda.pagelocked_empty(tuple(shape), dtype)
         return array
 
+    def clear(self, address: int, num_bytes: int) -> None:
+        """Set memory to zero, in the stream's order."""
+        cuda.memset_d8_async(address, 0, num_bytes, self.stream)
+
+    def mark(self) -> Any:
+        """An event after everything on the stream so far; its `synchronize` waits for that."""
+        event = cuda.Event(cuda.event_flags.DISABLE_TIMING)
+        event.record(self.stream)
+        return event
+
     def synchronize(self) -> None:
         """Wait until everything on the stream is done."""
         self.stream.synchronize()

@@ -39,6 +39,20 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("attention", head): attention,
         Module("attention_decode", head): [("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiif")],
         Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiii")],
+        Module("sample"): [
+            ("resolve_tokens", "resolve_tokens", "PPi"),
+            ("take_best", "take_best", "PPPPPPi"),
+            ("set_counts", "set_counts", "PPPi"),
+            ("adjust_rows", "adjust_rows", "PPPPPPPPii"),
+            ("weigh_rows", "weigh_rows", "PPPPPPPii"),
+            ("draw_rows", "draw_rows", "PPPPPPPPPPPii"),
+        ],
+        Module("nucleus"): [
+            ("sum_buckets", "sum_buckets", "PPPPii"),
+            ("list_border", "list_border", "PPPPPPi"),
+            ("find_cut", "find_cut", "PPPPPPPii"),
+            ("sum_kept", "sum_kept", "PPPPPi"),
+        ],
     }
     if config.num_experts:
         modules[Module("route")] = [

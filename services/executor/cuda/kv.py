@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.executor.cuda.device import Device
-from services.executor.step import KVGroup, StepBatch
+from services.executor.step import Draws, KVGroup, StepBatch
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 from shared.memory import HEAD_MULTIPLE
+
+if TYPE_CHECKING:  # packing is timed and tested where there is no GPU
+    from services.executor.cuda.device import Device
 
 BLOCK_MULTIPLE = 32  # positions of a chunk of attention
 
@@ -72,6 +75,7 @@ class CudaStep:
     token_ids: int  # (num_rows,)
     positions: int  # (num_rows,)
     logits_rows: int  # (num_logits,)
+    seats: int  # (num_logits,) of the sequence that a row of logits draws for, -1: none
     items: int  # (num_items, 4): first row, rows, position of the first, sequence
     places: dict[str, int]  # by group: (num_rows,) block * block_size + offset
     tables: dict[str, int]  # by group: (num_sequences, table_width)
@@ -88,40 +92,64 @@ def lay_out(shape: Shape, groups: Sequence[KVGroup], base: int) -> CudaStep:
         offset += round_up(count, 4)
         return address
 
-    token_ids, positions, logits_rows = take(shape.num_rows), take(shape.num_rows), take(shape.num_logits)
+    token_ids, positions = take(shape.num_rows), take(shape.num_rows)
+    logits_rows, seats = take(shape.num_logits), take(shape.num_logits)
     items = take(4 * shape.num_items)
     places = {group.name: take(shape.num_rows) for group in groups}
     tables = {group.name: take(shape.num_sequences * shape.table_width) for group in groups}
-    return CudaStep(shape, token_ids, positions, logits_rows, items, places, tables, offset)
+    return CudaStep(shape, token_ids, positions, logits_rows, seats, items, places, tables, offset)
 
 
-def pack(batch: StepBatch, step: CudaStep, block_size: int, item_tokens: int, base: int) -> NDArray[np.int32]:
-    """The arrays of a batch as `lay_out` puts them. Rows that only fill its shape have no place."""
-    ints = np.zeros(step.num_ints, np.int32)
+def pack(
+    batch: StepBatch,
+    step: CudaStep,
+    block_size: int,
+    item_tokens: int,
+    base: int,
+    draws: Draws | None = None,
+    out: NDArray[np.int32] | None = None,
+) -> NDArray[np.int32]:
+    """The arrays of a batch as `lay_out` puts them, in `out` if it is given.
+
+    Rows that only fill its shape have no place.
+    """
+    ints = np.empty(step.num_ints, np.int32) if out is None else out[: step.num_ints]
 
     def view(address: int, count: int) -> NDArray[np.int32]:
         start = (address - base) // 4
         return ints[start : start + count]
 
-    num_rows = len(batch.token_ids)
-    view(step.token_ids, num_rows)[:] = batch.token_ids
-    view(step.positions, num_rows)[:] = batch.positions
-    view(step.logits_rows, len(batch.logits_rows))[:] = batch.logits_rows
-    items = make_items(batch, item_tokens, step.shape.wide_tokens)
-    view(step.items, items.size)[:] = items.reshape(-1)
+    shape, num_rows, num_sequences = step.shape, len(batch.token_ids), len(batch.sequences)
+    _fill(view(step.token_ids, shape.num_rows), batch.token_ids)
+    _fill(view(step.positions, shape.num_rows), batch.positions)
+    _fill(view(step.logits_rows, shape.num_logits), batch.logits_rows)
+    seats = view(step.seats, shape.num_logits)
+    seats[:] = -1
+    if draws is not None:
+        seats[draws.rows] = draws.seats
+    _fill(view(step.items, 4 * shape.num_items), make_items(batch, item_tokens, shape.wide_tokens).reshape(-1))
+    sequences = np.arange(num_sequences)
+    if num_rows > num_sequences:
+        sequences = sequences.repeat([sequence.num_tokens for sequence in batch.sequences])
+    num_blocks = [-(-sequence.context_length // block_size) for sequence in batch.sequences]
+    logical, offsets = np.divmod(batch.positions, block_size)
     for name, address in step.tables.items():
-        places = view(step.places[name], step.shape.num_rows)
-        places[:] = -1
-        tables = view(address, step.shape.num_sequences * step.shape.table_width).reshape(step.shape.num_sequences, -1)
-        for index, sequence in enumerate(batch.sequences):
-            table = sequence.block_tables[name]
-            tables[index, : len(table)] = table
-            rows = slice(sequence.start, sequence.start + sequence.num_tokens)
-            positions = np.arange(sequence.context_length - sequence.num_tokens, sequence.context_length)
-            blocks = table[positions // block_size]
-            assert blocks.min() >= 0, "a row has no block to write to"
-            places[rows] = blocks * block_size + positions % block_size
+        tables = view(address, shape.num_sequences * shape.table_width).reshape(shape.num_sequences, -1)
+        tables[:] = 0
+        for row, count, sequence in zip(tables, num_blocks, batch.sequences, strict=False):
+            row[:count] = sequence.block_tables[name][:count]
+        blocks = tables[sequences, logical]
+        assert blocks.min() >= 0, "a row has no block to write to"
+        places = view(step.places[name], shape.num_rows)
+        places[:num_rows] = blocks * block_size + offsets
+        places[num_rows:] = -1
     return ints
+
+
+def _fill(target: NDArray[np.int32], values: NDArray[np.int32]) -> None:
+    """The values, then zeros."""
+    target[: len(values)] = values
+    target[len(values) :] = 0
 
 
 def make_items(batch: StepBatch, item_tokens: int, wide_tokens: int = 0) -> NDArray[np.int32]:
@@ -131,6 +159,9 @@ def make_items(batch: StepBatch, item_tokens: int, wide_tokens: int = 0) -> NDAr
         item_tokens: rows of an item at most.
         wide_tokens: the same for sequences of more rows than `item_tokens`, whose items come first; 0: none are wide.
     """
+    if len(batch.token_ids) == len(batch.sequences):
+        rows = np.arange(len(batch.sequences), dtype=np.int32)
+        return np.stack((rows, np.ones_like(rows), batch.positions, rows), axis=1)
     wide: list[tuple[int, int, int, int]] = []
     items: list[tuple[int, int, int, int]] = []
     for index, sequence in enumerate(batch.sequences):

@@ -1,4 +1,8 @@
-"""Runs a model on a GPU over KV blocks of its own, one step at a time.
+"""Runs a model on a GPU over KV blocks of its own, step after step.
+
+`launch` only hands work to the GPU: a step's arrays go there in one copy, tokens that are not known yet are taken from
+where they were drawn, and what the host is to read comes back behind the step. So the GPU always has the next
+step before it has finished one. Two sets of page-locked arrays take turns.
 
 Steps in which every sequence has one token run as a CUDA graph of their shape, captured when the shape first occurs;
 their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
@@ -6,6 +10,7 @@ their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shap
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +22,7 @@ from services.executor.cuda.device import Device, Graph
 from services.executor.cuda.kernels import modules_of
 from services.executor.cuda.kv import (
     BLOCK_MULTIPLE,
+    CudaStep,
     Shape,
     allocate_kv,
     block_bytes,
@@ -35,9 +41,11 @@ from services.executor.cuda.ops import (
     item_tokens,
     wide_tokens,
 )
+from services.executor.cuda.readback import HostBuffer, Launched, RowsToDraw, WantedLogits
+from services.executor.cuda.sampling import ROW_SAMPLING, CudaSampler
 from services.executor.cuda.weights import CudaWeights
 from services.executor.models import MODELS
-from services.executor.step import FULL, WINDOW, KVGroup, StepBatch
+from services.executor.step import FULL, GPU_DEPTH, WINDOW, Draws, KVGroup, StepBatch, StepResult
 from shared.errors import invalid_field
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
@@ -45,13 +53,14 @@ from shared.memory import kv_groups
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_LOGITS = 256  # rows of logits at once
+MAX_WANTED = 32  # rows of logits that a step brings to the host without waiting for them
 MAX_HEAD_SIZE = 128
 BUSY_BLOCKS = 2  # of attention on each multiprocessor, that splitting aims at
 SPLIT_CHUNKS = 4  # of 32 positions, that a split has at least: one for each of its warps
 
 
 class CudaRunner:
-    """Implements `services.executor.step.Runner` with CUDA.
+    """Implements `services.executor.step.Runner` with CUDA: one step runs while the next one waits behind it.
 
     Args:
         device: the GPU; the runner's kernels are compiled (or found in the cache) here.
@@ -66,6 +75,8 @@ class CudaRunner:
     Raises:
         ServiceError: FIELD_INVALID for another block size or a head that attention does not take, VRAM_EXHAUSTED.
     """
+
+    depth = GPU_DEPTH
 
     def __init__(
         self,
@@ -85,7 +96,8 @@ class CudaRunner:
         device.load(modules_of(config, weights.families), cache, report)
         max_rows = max(max_batch_tokens, next((rows for rows in GRAPH_ROWS if rows >= max_sequences), max_sequences))
         self._max_rows = max_rows
-        self._workspace = Workspace(device, config, max_rows, min(MAX_LOGITS, max_rows))
+        self._max_logits = min(MAX_LOGITS, max_rows)
+        self._workspace = Workspace(device, config, max_rows, self._max_logits)
         self._ops = CudaOps(device, config, self._workspace, block_size)
         self._model = MODELS[config.architecture](cast(Any, weights), cast(Any, self._ops))
         by_name = {group.name: group for group in self._groups}
@@ -94,9 +106,21 @@ class CudaRunner:
             allocate_kv(device, config, group, num_blocks[group.name], block_size) for group in layer_groups
         ]
         self._kv_bytes = sum(2 * num_blocks[group.name] * block_bytes(config, block_size) for group in layer_groups)
-        self._inputs = device.allocate(4 * self._max_ints(max_rows, max_sequences))
-        self._logits = device.pinned((min(MAX_LOGITS, max_rows), config.vocab_size), np.float32)
+        num_ints = self._max_ints(max_rows, max_sequences) + max_sequences * ROW_SAMPLING.itemsize // 4
+        self._inputs = device.allocate(4 * num_ints)
+        self._sampler = CudaSampler(device, config.vocab_size, max_rows, self._max_logits, max_sequences)
+        num_wanted = min(MAX_WANTED, max_rows)
+        self._buffers = [
+            HostBuffer(
+                device.pinned((num_ints,), np.int32),
+                device.pinned((max_rows,), np.int32),
+                device.pinned((num_wanted, config.vocab_size), np.float32),
+            )
+            for _ in range(self.depth)
+        ]
         self._graphs: dict[Shape, Graph] = {}
+        self._in_flight: deque[Launched] = deque()
+        self._num_launched = 0
         device.synchronize()
 
     @property
@@ -112,29 +136,35 @@ class CudaRunner:
         """Bytes of all KV blocks."""
         return self._kv_bytes
 
-    def forward(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Write the KV of every row; logits (num_logits, vocab_size). The batch has at least one row."""
-        num_rows, num_logits = len(batch.token_ids), len(batch.logits_rows)
-        assert 1 <= num_rows <= self._max_rows
+    def launch(self, batch: StepBatch, draws: Draws) -> None:
+        assert 1 <= len(batch.token_ids) <= self._max_rows
+        buffer = self._buffers[self._num_launched % self.depth]
         shape = self.shape_of(batch)
-        step = lay_out(shape, self._groups, self._inputs)
-        tokens = item_tokens(self._config, shape.tile_rows)
-        self._device.upload(self._inputs, pack(batch, step, self._block_size, tokens, self._inputs))
-        if _is_decode(batch) and num_rows <= GRAPH_ROWS[-1]:
+        step, rows = self._upload(batch, shape, draws, buffer)
+        self._sampler.take_seats(draws)
+        wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
+        if self._is_graph(batch):
             self.graph(shape).launch()
-            self._device.download(self._workspace.logits, self._logits[:num_rows])
-            self._device.synchronize()
-            return self._logits[:num_rows].copy()
-        head = self._model.forward(self._ops.prepare(step), self._kv_layers)
-        logits = np.empty((num_logits, self.vocab_size), np.float32)
-        for start in range(0, num_logits, len(self._logits)):
-            piece = logits[start : start + len(self._logits)]
-            self._run_head(self._ops.rows_of(head, start, start + len(piece)))
-            self._device.download(self._workspace.logits, self._logits[: len(piece)])
-            self._device.synchronize()
-            piece[:] = self._logits[: len(piece)]
-        self._device.synchronize()
-        return logits
+            self._draw(rows, 0, len(batch.logits_rows))
+            wanted.read(0, len(batch.logits_rows))
+        else:
+            self._run_pieces(step, rows, wanted)
+        token_ids = buffer.token_ids[: len(batch.logits_rows)]
+        if len(token_ids):
+            self._device.download(self._sampler.token_ids, token_ids)
+        self._in_flight.append(Launched(self._device.mark(), token_ids, draws.rows, wanted))
+        self._num_launched += 1
+
+    def collect(self) -> StepResult:
+        return self._in_flight.popleft().result()
+
+    def forward(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Write the KV of every row, and wait for it; logits (num_logits, vocab_size)."""
+        num_logits = len(batch.logits_rows)
+        none = np.empty(0, np.int32)
+        wanted = np.arange(num_logits, dtype=np.int32)
+        self.launch(batch, Draws(none, (), none, none, (), wanted))
+        return self.collect().logits.copy()
 
     def shape_of(self, batch: StepBatch) -> Shape:
         """The shape under which a batch runs: rounded up where steps are to share a graph."""
@@ -142,7 +172,7 @@ class CudaRunner:
         longest = max(sequence.context_length for sequence in batch.sequences)
         table_width = 1 << max(3, (-(-longest // self._block_size) - 1).bit_length())
         tile_rows = 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
-        if not _is_decode(batch) or num_rows > GRAPH_ROWS[-1]:
+        if not self._is_graph(batch):
             tokens, wide = item_tokens(self._config, tile_rows), wide_tokens(self._config)
             num_wide, num_narrow = count_items(batch, tokens, wide)
             num_items = num_wide + num_narrow
@@ -151,12 +181,15 @@ class CudaRunner:
         return Shape(rows, rows, rows, rows, table_width, tile_rows, self._num_splits(rows, table_width))
 
     def graph(self, shape: Shape) -> Graph:
-        """The graph of a decoding step of this shape."""
+        """The graph of a decoding step of this shape: from the last tokens to the best next ones."""
         if shape not in self._graphs:
             step = lay_out(shape, self._groups, self._inputs)
-            self._graphs[shape] = self._device.capture(
-                lambda: self._run_head(self._model.forward(self._ops.prepare(step), self._kv_layers))
-            )
+
+            def work() -> None:
+                self._run_head(self._run_model(step))
+                self._sampler.take_best(self._workspace.logits, step.seats, 0, shape.num_logits)
+
+            self._graphs[shape] = self._device.capture(work)
         return self._graphs[shape]
 
     def close(self) -> None:
@@ -173,6 +206,43 @@ class CudaRunner:
         wanted = BUSY_BLOCKS * self._device.num_multiprocessors // (num_rows * self._config.num_kv_heads)
         return max(1, min(MAX_SPLITS, wanted, chunks // SPLIT_CHUNKS))
 
+    def _is_graph(self, batch: StepBatch) -> bool:
+        """Whether every sequence has one token and logits of every row are wanted."""
+        num_rows = len(batch.token_ids)
+        return num_rows == len(batch.sequences) == len(batch.logits_rows) and num_rows <= GRAPH_ROWS[-1]
+
+    def _upload(self, batch: StepBatch, shape: Shape, draws: Draws, buffer: HostBuffer) -> tuple[CudaStep, RowsToDraw]:
+        """Bring a step's arrays to the device, the rows to draw for behind them."""
+        step = lay_out(shape, self._groups, self._inputs)
+        tokens = item_tokens(self._config, shape.tile_rows)
+        pack(batch, step, self._block_size, tokens, self._inputs, draws, buffer.inputs)
+        rows = self._sampler.rows(draws)
+        end = step.num_ints + rows.nbytes // 4
+        buffer.inputs[step.num_ints : end] = rows.view(np.int32)
+        self._device.upload(self._inputs, buffer.inputs[:end])
+        return step, RowsToDraw(rows, self._inputs + 4 * step.num_ints)
+
+    def _run_model(self, step: CudaStep) -> Product:
+        self._sampler.resolve(step.token_ids, step.shape.num_rows)
+        return cast(Product, self._model.forward(self._ops.prepare(step), self._kv_layers))
+
+    def _run_pieces(self, step: CudaStep, rows: RowsToDraw, wanted: WantedLogits) -> None:
+        """Run a step as it comes, the head for as many rows of logits at once as there is memory for."""
+        head = self._run_model(step)
+        for start in range(0, step.shape.num_logits, self._max_logits):
+            stop = min(start + self._max_logits, step.shape.num_logits)
+            self._run_head(self._ops.rows_of(head, start, stop))
+            self._sampler.take_best(self._workspace.logits, step.seats, start, stop)
+            self._draw(rows, start, stop)
+            wanted.read(start, stop)
+
+    def _draw(self, rows: RowsToDraw, start: int, stop: int) -> None:
+        """Draw for those of the rows start : stop of logits, now in memory, that are not simply the best."""
+        first, last = np.searchsorted(rows.parameters["row"], (start, stop)).tolist()
+        if first < last:
+            row_0 = self._workspace.logits - 4 * start * self.vocab_size
+            self._sampler.draw(row_0, rows.address + first * ROW_SAMPLING.itemsize, rows.parameters[first:last])
+
     def _run_head(self, head: Product) -> None:
         if head.x.num_rows:
             self._ops.run(head, self._workspace.logits, self.vocab_size, Epilogue.STORE)
@@ -180,12 +250,7 @@ class CudaRunner:
     def _max_ints(self, max_rows: int, max_sequences: int) -> int:
         blocks = -(-self._config.context_length // self._block_size)
         tables = round_up(max_sequences, GRAPH_ROWS[0]) * (1 << max(3, (blocks - 1).bit_length()))
-        return (7 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
-
-
-def _is_decode(batch: StepBatch) -> bool:
-    """Whether every sequence has one token, and logits of every row are wanted."""
-    return len(batch.token_ids) == len(batch.sequences) == len(batch.logits_rows)
+        return (8 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
 
 
 def _check(config: GPTConfig, block_size: int) -> None:

@@ -147,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, 2) attention_prefil
     __half* out,            // (rows, out_pitch)
     int num_heads, int num_kv_heads, int block_size, int table_pitch, int window, int out_pitch) {
     __shared__ Stage stages[2];
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int4 item = items[gridDim.y - 1 - blockIdx.y];
     if (item.y == 0) return;

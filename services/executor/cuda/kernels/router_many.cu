@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(256) router_many(const __half* x,  
                                                               float* logits,        // (rows, E)
                                                               int num_rows, int num_experts, int size, int x_pitch) {
     __shared__ float partial[NUM_WARPS][ROWS][EXPERTS + 1];
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = blockIdx.x * ROWS, first_expert = blockIdx.y * EXPERTS;
     const __half* rows[4];  // g, g + 8, g + 16, g + 24

@@ -20,8 +20,8 @@ extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  /
     __shared__ int counts[NUM_COUNTS];  // (warps, num_experts), then where a warp's next pair of an expert goes
     __shared__ int totals[MAX_EXPERTS], starts[MAX_EXPERTS], first_groups[MAX_EXPERTS];
     __shared__ int num_groups;
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_pairs = num_rows * num_used;
     const int num_warps = min(32, NUM_COUNTS / num_experts);
     const int share = (num_pairs + 32 * num_warps - 1) / (32 * num_warps) * 32;

@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(256) store_kv_many(
     __half* queries,       // (rows, H, HEAD_SIZE_PADDED)
     __half* keys, __half* values, int num_heads, int num_kv_heads, int block_size, float scale, int num_rows) {
     __shared__ __half turned[HEAD_SIZE][ROWS + 2];
-    start_dependents();
     await_inputs();
+    start_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int head = blockIdx.x, first_row = blockIdx.y * ROWS, num_all = num_heads + 2 * num_kv_heads;
     const bool is_query = head < num_heads, is_value = head >= num_heads + num_kv_heads;
