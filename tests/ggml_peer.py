@@ -1,4 +1,4 @@
-"""ggml's own quantisers and decoders, out of the library inside xllamacpp: what llama.cpp itself would write and read."""
+"""ggml's own quantisers and decoders, out of the library inside xllamacpp: what llama.cpp itself writes and reads."""
 
 import ctypes
 from pathlib import Path
