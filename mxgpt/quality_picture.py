@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-NAME_WIDTH = 110
+CHARACTER_WIDTH = 8  # of a name, at most
 COLUMN_WIDTH = 165
 BAR_WIDTH = 70  # of the longest bar in a column
 ROW_HEIGHT = 24
@@ -40,18 +40,20 @@ class Panel:
 
 def draw(panels: Sequence[Panel]) -> str:
     """The panels below one another, as an SVG document. A value below zero gets a bar of another colour."""
-    width = 2 * MARGIN + NAME_WIDTH + max(len(panel.columns) for panel in panels) * COLUMN_WIDTH
+    name_width = CHARACTER_WIDTH * max(len(name) for panel in panels for name in panel.rows) + MARGIN
+    width = 2 * MARGIN + name_width + max(len(panel.columns) for panel in panels) * COLUMN_WIDTH
     parts = []
     top = MARGIN
     for panel in panels:
-        parts += _panel(panel, top, width)
+        parts += _panel(panel, top, width, MARGIN + name_width)
         top += HEAD_HEIGHT + len(panel.rows) * ROW_HEIGHT + MARGIN
     open_tag = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}">'
     background = f'<rect width="{width}" height="{top}" fill="white"/>'
     return "\n".join([open_tag, f"<style>{STYLE}</style>", background, *parts, "</svg>"]) + "\n"
 
 
-def _panel(panel: Panel, top: int, width: int) -> list[str]:
+def _panel(panel: Panel, top: int, width: int, left: int) -> list[str]:
+    """A panel whose columns begin at `left`."""
     parts = [_text(MARGIN, top + 18, panel.title, "title")]
     first_row = top + HEAD_HEIGHT
     for row, name in enumerate(panel.rows):
@@ -59,7 +61,7 @@ def _panel(panel: Panel, top: int, width: int) -> list[str]:
         parts.append(f'<line class="line" x1="{MARGIN}" y1="{y - 17}" x2="{width - MARGIN}" y2="{y - 17}"/>')
         parts.append(_text(MARGIN, y, name))
     for index, column in enumerate(panel.columns):
-        x = MARGIN + NAME_WIDTH + index * COLUMN_WIDTH
+        x = left + index * COLUMN_WIDTH
         parts.append(_text(x, top + 36, column.title, "head"))
         largest = max(map(abs, column.values)) or 1.0
         for row, (value, label) in enumerate(zip(column.values, column.labels, strict=True)):
