@@ -252,6 +252,40 @@ class TestDemoExperts:
         assert 0 < error < {GGMLType.Q8_0: 0.007, GGMLType.Q6_K: 0.025, GGMLType.Q4_K: 0.11}[type_]
 
 
+class TestBesideGgml:
+    """What llama.cpp itself reads and writes: the same values, but for ties and the two ends of the scale."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def peer():
+        return pytest.importorskip("tests.ggml_peer")
+
+    def test_it_decodes_every_pair_alike_but_for_the_nan_scale(self, peer, blocks, values):
+        theirs = peer.ggml_dequantize(blocks, GGMLType.MXFP4)
+        assert np.array_equal(theirs[:255], values[:255])  # minus zero equals zero
+        assert not np.isnan(theirs[255]).any()
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_it_quantises_random_values_alike(self, peer, seed):
+        numbers = np.random.default_rng(seed).normal(size=(256, 1024)).astype(np.float32)
+        theirs = dequantize(peer.ggml_quantize(numbers, GGMLType.MXFP4), GGMLType.MXFP4)
+        assert np.array_equal(theirs, dequantize(quantize(numbers, GGMLType.MXFP4), GGMLType.MXFP4))
+
+    def test_it_breaks_ties_towards_zero(self, peer):
+        ties = np.zeros((1, 32), np.float32)
+        ties[0, :8] = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]
+        theirs = dequantize(peer.ggml_quantize(ties, GGMLType.MXFP4), GGMLType.MXFP4)
+        assert theirs[0, :8].tolist() == [6, 0, 0.5, 1, 1.5, 2, 3, 4]
+
+    def test_its_scale_wraps_round_below_2_to_the_minus_125(self, peer):
+        """2^-126 gets the scale of NaN: such blocks of ggml's are refused, ours hold the value."""
+        tiny = np.full((1, 32), 2.0**-126, np.float32)
+        theirs = peer.ggml_quantize(tiny, GGMLType.MXFP4)
+        assert theirs[0, 0] == 0xFF
+        assert find_invalid(theirs, GGMLType.MXFP4) == 0
+        assert (dequantize(quantize(tiny, GGMLType.MXFP4), GGMLType.MXFP4) == tiny).all()
+
+
 def relative_error(approximate, values):
     """Root mean square error over that of the values."""
     difference = approximate.astype(np.float64) - values
