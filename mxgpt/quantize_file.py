@@ -20,6 +20,7 @@ from shared.ggml_type import GGMLType
 from shared.gguf import GGUFFile, StringArray, TensorInfo, check_unchanged, read_gguf, read_tensor
 from shared.gguf_metadata import ValueType
 from shared.gpt_config import GPTConfig
+from shared.layout import refuse_invalid
 from shared.quantizers import encode
 from shared.quants import dequantize, find_invalid
 
@@ -104,9 +105,9 @@ def _items(array: object) -> list[object]:
 
 def _converted(file: GGUFFile, info: TensorInfo, type_: GGMLType) -> Bytes:
     """The tensor's bytes in another type, (rows, row_bytes), or as they are in its own."""
-    rows = read_tensor(file, info).reshape(-1, info.row_bytes)
-    if find_invalid(rows, info.type) is not None:
-        raise _refusal(file, info, "holds a value that is not finite")
+    data = read_tensor(file, info)
+    refuse_invalid(file, info, data)
+    rows = data.reshape(-1, info.row_bytes)
     if type_ is info.type:
         return rows
     num_columns = info.shape[-1]
@@ -118,10 +119,7 @@ def _converted(file: GGUFFile, info: TensorInfo, type_: GGMLType) -> Bytes:
             blocks = encode(values.reshape(-1, type_.block_size), type_)
         converted[start : start + step] = blocks.reshape(len(values), -1)
     if find_invalid(converted, type_) is not None:
-        raise _refusal(file, info, f"holds values too large for {type_.name}")
+        path = str(file.paths[info.file_index])
+        why = f"{path}: tensor {info.name!r} holds values too large for {type_.name}."
+        raise ServiceError(Reason.MODEL_INVALID, why, metadata={"file": path})
     return converted
-
-
-def _refusal(file: GGUFFile, info: TensorInfo, why: str) -> ServiceError:
-    path = file.paths[info.file_index]
-    return ServiceError(Reason.MODEL_INVALID, f"{path}: tensor {info.name!r} {why}.", metadata={"file": str(path)})

@@ -5,6 +5,7 @@ which test stands behind which sentence, docs/decisions/004-mxfp4-corner-cases.m
 """
 
 import itertools
+import re
 from fractions import Fraction
 
 import gguf.quants
@@ -14,9 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mxgpt.inspect_file import inspect_file
+from mxgpt.quantize_file import quantize_file
+from mxgpt.recipes import RECIPES
+from services.executor.weights import Weights
 from shared.codecs import MXFP4
+from shared.errors import Reason, ServiceError
 from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf, read_tensor
+from shared.gpt_config import GPTConfig
+from shared.layout import FLOAT32_BUDGET
 from shared.quants import dequantize, find_invalid, quantize
 
 LARGEST = 2.0**128  # the first power of two that float32 does not hold
@@ -124,7 +131,8 @@ class TestRefusal:
                 block[0, 0] = scale
                 assert (find_invalid(block, GGMLType.MXFP4) is None) == np.isfinite(values[scale, code]), (scale, code)
 
-    def test_a_nan_scale_in_a_model_is_named_by_tensor_and_byte(self, demo_gpt_oss, tmp_path):
+    def test_a_nan_scale_in_a_model_is_named_and_never_served(self, demo_gpt_oss, tmp_path):
+        """By tensor and byte, when it is inspected, loaded (as float32 planes or as blocks) or written anew."""
         data = bytearray(demo_gpt_oss.read_bytes())
         info = read_gguf(demo_gpt_oss).tensors["blk.2.ffn_up_exps.weight"]
         assert info.type is GGMLType.MXFP4
@@ -134,6 +142,14 @@ class TestRefusal:
         path.write_bytes(data)
         problem = f"{path}: byte {offset}: tensor '{info.name}' (MXFP4) holds a value that is not finite"
         assert inspect_file(path, read_weights=True).problems == (problem,)
+        file = read_gguf(path)
+        config = GPTConfig.from_gguf(file)
+        for float32_budget in (FLOAT32_BUDGET, 0):
+            with pytest.raises(ServiceError, match=re.escape(problem)) as error:
+                Weights.from_gguf(file, config, float32_budget)
+            assert error.value.reason is Reason.MODEL_INVALID
+        with pytest.raises(ServiceError, match=re.escape(problem)):
+            quantize_file(path, tmp_path / "out.gguf", RECIPES["F16"])
 
 
 class TestQuantising:

@@ -30,8 +30,13 @@ def demo(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("recipe", ["F32", "F16", "Q8_0", "Q4_K_M", "MXFP4"])
-def test_every_tensor_is_the_sources_rounded_once(demo, tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [("demo_gpt2", recipe) for recipe in ("F32", "F16", "Q8_0", "Q4_K_M", "MXFP4")]
+    + [("demo_gpt_oss", recipe) for recipe in ("F16", "MXFP4")],
+)
+def test_every_tensor_is_the_sources_rounded_once(model, recipe, request, tmp_path):
+    demo = request.getfixturevalue(model)
     target = tmp_path / "out.gguf"
     quantize_file(demo, target, RECIPES[recipe])
     source, written = read_gguf(demo), read_gguf(target)
@@ -47,10 +52,10 @@ def test_every_tensor_is_the_sources_rounded_once(demo, tmp_path, recipe):
 
 def test_metadata_keep_their_values_and_widths(demo, tmp_path):
     target = tmp_path / "out.gguf"
-    quantize_file(demo, target, RECIPES["Q4_K_M"])
+    quantize_file(demo, target, RECIPES["MXFP4"])
     before, after = read_gguf(demo).metadata, read_gguf(target).metadata
     assert set(after) == set(before)
-    assert after["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert after["general.file_type"] == gguf.LlamaFileType.MOSTLY_MXFP4_MOE
     for key in set(before) - {"general.file_type"}:
         assert after.type_of(key) == before.type_of(key), key
         assert np.array_equal(np.array(after[key]), np.array(before[key])), key
