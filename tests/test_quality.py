@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.weight_error import random_tensors, relative_error, scale_rules
 from mxgpt.cli.main import run
 from mxgpt.evaluate import Answer
 from mxgpt.quality import Measurement, Question, compare_text, differences, first_difference
@@ -17,7 +20,9 @@ from mxgpt.results import TokenLogprobs
 from mxgpt.tensor_error import TensorError, tensor_errors
 from shared.errors import ServiceError
 from shared.ggml_type import GGMLType
+from shared.quants import dequantize, quantize
 from tests.make_quality_goldens import GOLDENS, MODELS, figures
+from tests.stack import ROOT
 from tests.tiny_models import TINY_GPT2, WIDE_GPT2, write_model
 
 
@@ -173,6 +178,32 @@ def test_what_types_cost_is_what_it_was(model, request):
         assert found[name]["best_differ"] == pytest.approx(golden["best_differ"], abs=3), name
         assert found[name].get("sha256") == golden.get("sha256"), name
         assert found[name]["mean_loss"] < 0.01, "the claim: perplexity within 1 %"
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform"])
+def test_the_first_rule_of_the_error_table_is_the_quantisers(name):
+    values = random_tensors()[name]
+    first, second, better = scale_rules(values)
+    written = dequantize(quantize(values, GGMLType.MXFP4), GGMLType.MXFP4)
+    assert first == pytest.approx(relative_error(written, values), rel=1e-4)
+    assert better <= min(first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_benchmark_makes_table_picture_and_json(demo_gpt2, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.quality", str(demo_gpt2), "--types", "Q8_0,MXFP4_MOE,MXFP4"]
+    command += ["--tasks", "12", "--picture", str(tmp_path / "q.svg"), "--json", str(tmp_path / "q.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=280)
+    assert "MXFP4_MOE is left out" in done.stderr
+    [report] = json.loads((tmp_path / "q.json").read_text())
+    assert [file["name"] for file in report["files"]] == ["F32", "Q8_0", "MXFP4"]
+    base, same, other = report["files"]
+    assert same["differences"] == []
+    assert same["texts"] == base["texts"]  # the file's matrices are Q8_0 already
+    assert other["weight_error"] == pytest.approx(0.118, abs=0.001)
+    assert 0 < other["texts"]["haiku"]["change_percent"] < 1
+    assert all(file["name"] in (tmp_path / "q.svg").read_text() for file in report["files"])
 
 
 class TestCommand:
