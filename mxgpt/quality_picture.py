@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -39,21 +39,28 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel]) -> str:
-    """The panels below one another, as an SVG document. A value below zero gets a bar of another colour."""
+    """The panels below one another, as an SVG document.
+
+    Columns of one title share one scale. A value below zero gets a bar of another colour.
+    """
+    longest = {
+        title: max(abs(value) for panel in panels for c in panel.columns if c.title == title for value in c.values)
+        for title in {column.title for panel in panels for column in panel.columns}
+    }
     name_width = CHARACTER_WIDTH * max(len(name) for panel in panels for name in panel.rows) + MARGIN
     width = 2 * MARGIN + name_width + max(len(panel.columns) for panel in panels) * COLUMN_WIDTH
     parts = []
     top = MARGIN
     for panel in panels:
-        parts += _panel(panel, top, width, MARGIN + name_width)
+        parts += _panel(panel, top, width, MARGIN + name_width, longest)
         top += HEAD_HEIGHT + len(panel.rows) * ROW_HEIGHT + MARGIN
     open_tag = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}">'
     background = f'<rect width="{width}" height="{top}" fill="white"/>'
     return "\n".join([open_tag, f"<style>{STYLE}</style>", background, *parts, "</svg>"]) + "\n"
 
 
-def _panel(panel: Panel, top: int, width: int, left: int) -> list[str]:
-    """A panel whose columns begin at `left`."""
+def _panel(panel: Panel, top: int, width: int, left: int, longest: Mapping[str, float]) -> list[str]:
+    """A panel whose columns begin at `left`; `longest` has the value of the longest bar for each title."""
     parts = [_text(MARGIN, top + 18, panel.title, "title")]
     first_row = top + HEAD_HEIGHT
     for row, name in enumerate(panel.rows):
@@ -63,10 +70,9 @@ def _panel(panel: Panel, top: int, width: int, left: int) -> list[str]:
     for index, column in enumerate(panel.columns):
         x = left + index * COLUMN_WIDTH
         parts.append(_text(x, top + 36, column.title, "head"))
-        largest = max(map(abs, column.values)) or 1.0
         for row, (value, label) in enumerate(zip(column.values, column.labels, strict=True)):
             y = first_row + row * ROW_HEIGHT
-            length = BAR_WIDTH * abs(value) / largest
+            length = BAR_WIDTH * abs(value) / (longest[column.title] or 1.0)
             sign = " below" if value < 0 else ""
             parts.append(f'<rect class="bar{sign}" x="{x}" y="{y - 11}" width="{length:.1f}" height="13"/>')
             parts.append(_text(x + length + 6, y, label))

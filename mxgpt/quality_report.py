@@ -58,7 +58,7 @@ def panel(report: Report) -> Panel:
     ]
     for text in report.texts:
         changes = [compare_text(report.base, measurement, text) for measurement in measurements]
-        labels = [f"{change.percent:+.3g} %" for change in changes]
+        labels = [percent_label(change.percent) for change in changes]
         columns.append(Column(f"perplexity, {text}", [change.percent for change in changes], labels))
     if report.base.answers and report.is_judged:
         num_tasks = len(report.base.answers)
@@ -107,6 +107,11 @@ def describe(difference: Difference, is_judged: bool) -> str:
     return f"{question}: {base.text!r}, now {other.text!r} ({verdict})"
 
 
+def percent_label(percent: float) -> str:
+    """A change for table and picture: a thousandth of a percent is less than any text can tell."""
+    return f"{percent:+.3f} %"
+
+
 def _row(report: Report, measurement: Measurement) -> Sequence[str]:
     row = [
         measurement.name,
@@ -117,7 +122,7 @@ def _row(report: Report, measurement: Measurement) -> Sequence[str]:
     for text in report.texts:
         change = compare_text(report.base, measurement, text)
         row.append(f"{measurement.perplexity(text):.5f}")
-        row.append(f"{change.percent:+.3g} % +- {change.percent_margin:.1g}")
+        row.append(f"{percent_label(change.percent)} +- {change.percent_margin:.3f}")
         row.append(f"{100 * change.same_top:.2f} %")
     if report.base.answers:
         row += [f"{measurement.num_right}/{len(measurement.answers)}"] if report.is_judged else []

@@ -101,7 +101,7 @@ class TestReport:
         assert row["FILE"] == "other.gguf"
         assert row["WEIGHTS OFF"] == "5.54 %"
         assert row["PERPLEXITY, TEXT"] == f"{math.exp(3):.5f}"
-        assert row["CHANGE"].startswith("+64.9 % +- ")
+        assert row["CHANGE"].startswith("+64.872 % +- ")
         assert row["SAME BEST TOKEN"] == "75.00 %"
         assert row["RIGHT"] == "0/3"
         assert row["ANSWERS UNLIKE THE FIRST'S"] == "2"
@@ -134,13 +134,14 @@ class TestReport:
         root = ElementTree.fromstring(drawn)
         tag = "{http://www.w3.org/2000/svg}"
         texts = [element.text for element in root.iter(f"{tag}text")]
-        assert {"a model", "<b> & c", "base.gguf", "other.gguf", "32.00", "4.25", "5.54 %", "+64.9 %", "-2"} <= set(
+        assert {"a model", "<b> & c", "base.gguf", "other.gguf", "32.00", "4.25", "5.54 %", "+64.872 %", "-2"} <= set(
             texts
         )
         bars = [element for element in root.iter(f"{tag}rect") if "bar" in element.get("class", "")]
         widths = [float(bar.get("width")) for bar in bars]
         assert widths[1] / widths[0] == pytest.approx(4.248 / 32, abs=0.01)
         assert (widths[-2], bars[-1].get("class")) == (0, "bar below")
+        assert widths[-1] == widths[0]  # a column of its own has a scale of its own
         right_edge = max(float(bar.get("x")) + float(bar.get("width")) for bar in bars)
         assert right_edge < float(root.get("width"))
 
