@@ -30,7 +30,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "quality.json"
 MODELS = {"demo-gpt-oss.gguf": HARMONY, "demo-gpt2.gguf": PLAIN}
 RECIPE_NAMES = ("F16", "Q8_0", "Q4_K_M", "MXFP4")
 SEED = 21
-NUM_TASKS, NUM_HAIKU = 12, 4
+NUM_TASKS, NUM_HAIKU = 8, 3
 
 
 def main() -> None:

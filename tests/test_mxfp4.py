@@ -207,7 +207,7 @@ class TestQuantising:
             decoded = dequantize(quantize(np.full((1, 32), zero, np.float32), GGMLType.MXFP4), GGMLType.MXFP4)
             assert np.array_equal(bits(decoded), bits(np.full((1, 32), zero, np.float32)))
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32))
     @example([float(np.finfo(np.float32).smallest_subnormal)] * 32)
     def test_any_block_in_exact_arithmetic(self, numbers):

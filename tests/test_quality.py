@@ -217,21 +217,19 @@ class TestCommand:
         assert "blk.5.ffn_down.weight" in out
 
     def test_texts_and_answers_end_to_end(self, demo_gpt2, tmp_path, capsys):
-        """The same weights in F32 predict and answer alike, token by token; in MXFP4 they may not."""
-        for name in ("F32", "MXFP4"):
-            quantize_file(demo_gpt2, tmp_path / f"{name}.gguf", RECIPES[name])
+        other = tmp_path / "MXFP4.gguf"
+        quantize_file(demo_gpt2, other, RECIPES["MXFP4"])
         text, picture = tmp_path / "text.txt", tmp_path / "picture.svg"
         text.write_text("What is 12 + 30?\n42\nSort these words: silk, fish, yard\nfish, silk, yard\n")
-        files = [str(demo_gpt2), str(tmp_path / "F32.gguf"), str(tmp_path / "MXFP4.gguf")]
         options = ["--text", str(text), "--window", "24", "--stride", "8", "--tasks", "12"]
-        assert run(["compare", *files, *options, "--json", "--picture", str(picture)]) == 0
-        base, same, other = json.loads(capsys.readouterr().out)["files"]
+        assert run(["compare", str(demo_gpt2), str(other), *options, "--json", "--picture", str(picture)]) == 0
+        base, other = json.loads(capsys.readouterr().out)["files"]
         assert base["texts"]["text"]["scored"] > 30
-        assert same["texts"]["text"]["change_percent"] == 0
-        assert same["differences"] == []
+        assert base["texts"]["text"]["change_percent"] == 0
+        assert base["differences"] == []
+        assert base["right"] >= 11
         assert other["texts"]["text"]["change_percent"] != 0
         assert other["right"] >= 8
-        assert base["right"] == same["right"] >= 11
         assert "MXFP4.gguf" in picture.read_text()
 
     @pytest.mark.slow
