@@ -37,7 +37,7 @@ def e2m1(code):
 
 
 def e8m0(scale):
-    """Section 5.4.1: a power of two with bias 127; 255 is NaN."""
+    """Section 5.4: a power of two with bias 127; 255 is NaN."""
     assert 0 <= scale < 255
     return Fraction(2) ** (scale - 127)
 
