@@ -27,6 +27,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Examine": {
         "inspect": ("mxgpt.cli.inspect:inspect", "Show what is in a GGUF file and the memory it will take."),
+        "quantize": ("mxgpt.cli.quantize:quantize", "Write a GGUF file with its weights in another type."),
+        "compare": ("mxgpt.cli.compare:compare", "Measure what a file lost against another."),
         "bench": ("mxgpt.cli.bench:bench", "Measure a running server."),
         "perplexity": ("mxgpt.cli.perplexity:perplexity", "Measure how well a model predicts a text."),
         "evaluate": ("mxgpt.cli.evaluate:evaluate", "Count the demo tasks that a demo model answers exactly."),

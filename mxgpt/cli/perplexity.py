@@ -65,7 +65,7 @@ async def _measure(
     model: Path | None, server: str, tokenizer: str, text: str, window: int | None, stride: int | None
 ) -> Perplexity:
     async with _addresses(model, server, tokenizer) as (executor, tokenizer_address), AsyncClient(executor) as client:
-        token_ids = await tokenize(tokenizer_address, text)
+        [token_ids] = await tokenize(tokenizer_address, [text])
         if len(token_ids) < 2:
             raise CommandError(f"the text has {len(token_ids)} tokens; at least two are needed to predict one")
         longest = (await client.list_models())[0].context_length - 1
