@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from mxgpt.client import Client
 from mxgpt.connection import DEFAULT_TARGET
+from shared.keys import read_token
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +32,13 @@ def server_options(command: F) -> F:
             help="Address of the executors; several with commas between.",
         ),
         click.option("--token-file", type=_PATH, help="File with the bearer token to send; else MXGPT_TOKEN."),
-        click.option("--tls-root", type=_PATH, help="PEM authority of the server's certificate; plain text without."),
+        click.option(
+            "--tls-root",
+            type=_PATH,
+            envvar="MXGPT_CA",
+            show_envvar=True,
+            help="PEM authority of the server's certificate; plain text without.",
+        ),
         click.option("--tls-certificate", type=_PATH, help="PEM certificate to show the server."),
         click.option("--tls-key", type=_PATH, help="PEM key of that certificate."),
         click.option("--tls-server-name", help="Name in the server's certificate, if not the address's."),
@@ -43,16 +49,17 @@ def connection(options: dict[str, Any]) -> dict[str, Any]:
     """Take `server_options` out of a command's arguments, as arguments for a client.
 
     Raises:
-        click.UsageError: when they don't fit together or the token file can't be read.
+        click.UsageError: when the token file can't be read or holds no key.
     """
     target = options.pop("server")
     given = {name: options.pop(name) for name in _SERVER_NAMES}
     token_file = given.pop("token_file")
+    if token_file is None:
+        return {"target": target, **given}
     try:
-        token = token_file.read_text().strip() if token_file else os.environ.get("MXGPT_TOKEN")
-    except OSError as error:
+        return {"target": target, "token": read_token(token_file), **given}
+    except (OSError, ValueError) as error:
         raise click.UsageError(f"--token-file: {error}") from error
-    return {"target": target, "token": token, **given}
 
 
 def connect(options: dict[str, Any]) -> Client:

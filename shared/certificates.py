@@ -1,0 +1,59 @@
+"""A server's TLS credentials, read again for a new connection when a file has changed."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import grpc
+
+from shared.config import ServerConfig
+from shared.watched import Watched
+
+
+def server_credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    """Credentials that follow the files of `config`; connections that are open keep what they began with.
+
+    A certificate whose key has not been replaced yet, or a file that is half written, changes nothing.
+
+    Raises:
+        OSError: when a file can't be read, or holds no certificate, or another key than the certificate's.
+    """
+    assert config.tls_certificate is not None
+    assert config.tls_key is not None
+    paths = [config.tls_certificate, config.tls_key, *([config.tls_client_ca] if config.tls_client_ca else [])]
+    files = Watched(paths, lambda: _read(config))
+    given = files.get()
+
+    def changed() -> Any:
+        """Asked by gRPC before each handshake, in a thread of its own; None: as before."""
+        nonlocal given
+        current = files.get()
+        if current is given:
+            return None
+        given = current
+        return current
+
+    return grpc.dynamic_ssl_server_credentials(given, changed, require_client_authentication=bool(config.tls_client_ca))
+
+
+def _read(config: ServerConfig) -> Any:
+    assert config.tls_certificate is not None
+    assert config.tls_key is not None
+    _check(config)
+    return grpc.ssl_server_certificate_configuration(
+        [(config.tls_key.read_bytes(), config.tls_certificate.read_bytes())],
+        root_certificates=config.tls_client_ca.read_bytes() if config.tls_client_ca else None,
+    )
+
+
+def _check(config: ServerConfig) -> None:
+    """Find out with OpenSSL what gRPC would only hint at in its own log."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(str(config.tls_certificate), str(config.tls_key), password=b"")  # b"": ask nobody
+        if config.tls_client_ca is not None:
+            context.load_verify_locations(str(config.tls_client_ca))
+    except (ssl.SSLError, FileNotFoundError, PermissionError) as error:
+        names = ", ".join(str(path) for path in (config.tls_certificate, config.tls_key, config.tls_client_ca) if path)
+        raise OSError(f"can't serve TLS with {names}: {error.strerror or error}") from error
