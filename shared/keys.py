@@ -87,7 +87,7 @@ class KeyRing:
         """
         if not given:
             raise ServiceError(Reason.UNAUTHENTICATED, "this server wants a bearer token in the authorization metadata")
-        digest = hashlib.sha256(given.encode()).digest()
+        digest = hashlib.sha256(given.encode(errors="replace")).digest()
         matches = [key for key in self._keys.get() if hmac.compare_digest(key.digest, digest)]
         if not matches:
             raise ServiceError(Reason.UNAUTHENTICATED, "the bearer token is none of this server's keys")
@@ -128,8 +128,11 @@ def read_token(path: Path) -> str:
 
 def _read_keys(paths: Sequence[Path]) -> list[Key]:
     keys = [key for path in paths for key in parse_keys(path.read_text(), str(path))]
+    names = ", ".join(map(str, paths))
     if not keys:
-        raise ValueError(f"{', '.join(map(str, paths))}: no key in there")
+        raise ValueError(f"{names}: no key in there")
+    if len({key.digest for key in keys}) < len(keys):
+        raise ValueError(f"{names}: a key stands there twice")
     return keys
 
 
