@@ -16,7 +16,7 @@ class ContentLog:
 
     def __init__(self, generation: Generation, request: Any) -> None:
         self._request_id = generation.request_id
-        self._texts: defaultdict[int, list[str]] = defaultdict(list)  # by output index
+        self._outputs: defaultdict[int, tuple[list[str], list[int]]] = defaultdict(lambda: ([], []))  # by index
         kind = request.WhichOneof("input")
         prompt = request.text if kind == "text" else str(getattr(request, kind)) if kind else ""
         prompt_ids = list(generation.request.prompt_token_ids)
@@ -25,10 +25,11 @@ class ContentLog:
     def add(self, response: Any) -> None:
         """Take what was sent."""
         if response.HasField("delta"):
-            delta = response.delta
-            self._texts[delta.index].append(delta.text or " ".join(map(str, delta.token_ids)) + " ")
+            texts, ids = self._outputs[response.delta.index]
+            texts.append(response.delta.text)
+            ids.extend(response.delta.token_ids)
 
     def close(self) -> None:
         """Write what was sent in all."""
-        for index, texts in sorted(self._texts.items()):
-            log.info("request %r: output %d %r", self._request_id, index, "".join(texts))
+        for index, (texts, ids) in sorted(self._outputs.items()):
+            log.info("request %r: output %d %r, ids %s", self._request_id, index, "".join(texts), ids)
