@@ -9,7 +9,8 @@ from pathlib import Path
 
 import grpc
 
-from shared.channel import CHANNEL_OPTIONS, channel_credentials, name_options, open_channel, target_uri, token_entry
+from shared.certificates import channel_credentials
+from shared.channel import CHANNEL_OPTIONS, Channel, name_options, open_channel, target_uri, token_entry
 from shared.config import ClientConfig
 
 DEFAULT_TARGET = "localhost:50051"
@@ -50,7 +51,7 @@ class Connection:
             return grpc.insecure_channel(uri, options=options)
         return grpc.secure_channel(uri, channel_credentials(config), options=options)
 
-    def open_async(self) -> grpc.aio.Channel:
+    def open_async(self) -> Channel:
         """A channel for calls from asyncio; see `open`."""
         return open_channel(self._numeric_target(), self._config())
 

@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxgpt.child import Child
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
-from shared.channel import open_channel
+from shared.channel import Channel, open_channel
 from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason
 from shared.gguf import read_gguf
@@ -209,7 +209,7 @@ class Supervisor:
         """Where this process asks an executor for its health: it has no certificate to show elsewhere."""
         return Path(self._directory.name) / f"executor-{number}.sock"
 
-    def _own_channel(self, address: str) -> grpc.aio.Channel:
+    def _own_channel(self, address: str) -> Channel:
         return open_channel(address, ClientConfig(token=self._token))
 
     async def _start_child(self, name: str, label: str, listen: str, options: list[str]) -> Child:

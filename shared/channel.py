@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import grpc
 
+from shared.certificates import channel_credentials
 from shared.config import MAX_MESSAGE_BYTES, ClientConfig
+from shared.following_channel import FollowingChannel
+
+Channel: TypeAlias = grpc.aio.Channel | FollowingChannel  # what asynchronous stubs are made for
 
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
@@ -41,42 +45,30 @@ def target_uri(target: str) -> str:
     return f"dns:///{target}"
 
 
-def open_channel(
-    target: str, config: ClientConfig | None = None, options: Sequence[tuple[str, Any]] = ()
-) -> grpc.aio.Channel:
-    """An asynchronous channel to `target` (see `target_uri`), with the TLS and token of `config`.
+def open_channel(target: str, config: ClientConfig | None = None) -> Channel:
+    """An asynchronous channel to `target` (see `target_uri`), with the TLS and token of `config`; it follows the files.
 
     Raises:
         OSError, ValueError: when a file of `config` can't be read or holds what it should not.
     """
     config = config or ClientConfig()
-    every_option = [*CHANNEL_OPTIONS, *name_options(config), *options]
+    options = [*CHANNEL_OPTIONS, *name_options(config)]
     uri = target_uri(target)
     token = config.token_source()
-    if config.tls_root is not None:
+    if config.tls_root is None:
+        kinds = (_UnaryUnaryToken, _UnaryStreamToken, _StreamStreamToken)
+        interceptors = [kind(token) for kind in kinds] if token is not None else []
+        return grpc.aio.insecure_channel(uri, options=options, interceptors=interceptors)
+
+    def open_secure() -> grpc.aio.Channel:
         credentials = channel_credentials(config)
         if token is not None:
-            credentials = grpc.composite_channel_credentials(
-                credentials, grpc.metadata_call_credentials(_TokenPlugin(token))
-            )
-        return grpc.aio.secure_channel(uri, credentials, options=every_option)
-    kinds = (_UnaryUnaryToken, _UnaryStreamToken, _StreamStreamToken)
-    interceptors = [kind(token) for kind in kinds] if token is not None else []
-    return grpc.aio.insecure_channel(uri, options=every_option, interceptors=interceptors)
+            plugin = grpc.metadata_call_credentials(_TokenPlugin(token))
+            credentials = grpc.composite_channel_credentials(credentials, plugin)
+        return grpc.aio.secure_channel(uri, credentials, options=options)
 
-
-def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials:
-    """TLS credentials of `config`.
-
-    Raises:
-        OSError: when a file can't be read.
-    """
-    assert config.tls_root is not None
-    return grpc.ssl_channel_credentials(
-        root_certificates=config.tls_root.read_bytes(),
-        private_key=config.tls_key.read_bytes() if config.tls_key else None,
-        certificate_chain=config.tls_certificate.read_bytes() if config.tls_certificate else None,
-    )
+    paths = [path for path in (config.tls_root, config.tls_certificate, config.tls_key) if path is not None]
+    return FollowingChannel(paths, open_secure)
 
 
 def name_options(config: ClientConfig) -> list[tuple[str, Any]]:

@@ -371,8 +371,8 @@ def pem(path: Path) -> str:
         (["--tls-client-ca", "CERTIFICATE"], "--tls-client-ca needs"),
         (["--token-file", "CERTIFICATE"], "server.pem, line 1: "),
         (["--token-file", "/nowhere/keys"], "No such file"),
-        (["--tls-certificate", "CERTIFICATE", "--tls-key", "KEYS"], "can't serve TLS with"),
-        (["--tls-certificate", "CERTIFICATE", "--tls-key", "/nowhere/key"], "can't serve TLS with"),
+        (["--tls-certificate", "CERTIFICATE", "--tls-key", "KEYS"], "can't do TLS with"),
+        (["--tls-certificate", "CERTIFICATE", "--tls-key", "/nowhere/key"], "can't do TLS with"),
     ],
 )
 def test_a_door_that_would_not_close_is_not_opened(name: str, options: list[str], said: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from shared.channel import Channel
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import from_rpc_error
 
@@ -29,7 +30,7 @@ class Vocabulary:
 class TokenizerClient:
     """Asks whichever tokenizer replica the channel balances to; `model` is the digest of the model served."""
 
-    def __init__(self, channel: grpc.aio.Channel, model: str, timeout_seconds: float = 20.0) -> None:
+    def __init__(self, channel: Channel, model: str, timeout_seconds: float = 20.0) -> None:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         self.model = model
         self._timeout_seconds = timeout_seconds

@@ -14,6 +14,7 @@ import grpc
 
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from services.tokenizer.backends import Tokenizer, make_tokenizer
+from shared.channel import Channel
 from shared.digest import digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
@@ -74,7 +75,7 @@ class FileStore:
 class LoaderStore:
     """The tokenizers of a loader's models. What was fetched once is served on while the loader is away."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.is_loader_there = False  # at the last refresh
         self._stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
         self._models: dict[str, str] = {}  # name -> digest
