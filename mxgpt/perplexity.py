@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mxgpt.aio import AsyncClient
+from mxgpt.connection import Connection
 from mxgpt.tasks import run_all
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from shared.channel import open_channel
-from shared.config import ClientConfig
 
 NUM_AT_ONCE = 4  # windows under way
 
@@ -102,13 +101,14 @@ async def measure(
     return from_logprobs(logprobs, len(token_ids), window, stride)
 
 
-async def tokenize(tokenizer: str, text: str, config: ClientConfig | None = None) -> list[int]:
+async def tokenize(tokenizer: Connection, text: str) -> list[int]:
     """The ids of a text, with what the model wants around one (a BOS, for instance).
 
     Raises:
         grpc.RpcError: when the tokenizer does not answer.
     """
-    async with open_channel(tokenizer, config) as channel:
+    async with tokenizer.open_async() as channel:
         stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-        response = await stub.Tokenize(tokenizer_pb2.TokenizeRequest(text=text, add_special=True), timeout=60.0)
+        request = tokenizer_pb2.TokenizeRequest(text=text, add_special=True)
+        response = await stub.Tokenize(request, timeout=60.0, metadata=tokenizer.metadata)
     return list(response.token_ids)

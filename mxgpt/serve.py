@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
 
+NO_DOOR: dict[str, Any] = {"token": None, "tls_root": None}  # for a client: neither MXGPT_TOKEN nor MXGPT_CA
+
 MAX_RESTARTS = 5  # of one child within RESTART_WINDOW seconds
 RESTART_WINDOW = 60.0
 RESTART_DELAY = 0.5  # seconds, times the number of restarts within the window
@@ -92,7 +94,7 @@ class Supervisor:
     """The services from start to stop.
 
         async with Supervisor(ServeConfig(model), print_line) as server:
-            client = AsyncClient(server.address)
+            client = AsyncClient(**server.connection)
 
     Args:
         on_line: called with a label and a line, for each line of a child and each report of the supervisor.
@@ -121,6 +123,11 @@ class Supervisor:
     def address(self) -> str:
         """Where Generate is served: every executor, with commas between."""
         return ",".join(self._addresses)
+
+    @property
+    def connection(self) -> dict[str, Any]:
+        """Arguments of a client, for services that were given neither keys nor certificates."""
+        return {"target": self.address, **NO_DOOR}
 
     async def start(self) -> None:
         """Start everything; returns when requests can be served.

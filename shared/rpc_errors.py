@@ -97,6 +97,18 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
     return ServiceError(unreachable, f"{unreachable.meaning} ({code.name}: {message})")
 
 
+def from_peer_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
+    """As `from_rpc_error`, for a call that one service made of another on behalf of a caller.
+
+    A peer that turns the service away is `unreachable` to the caller, whose own key is not what was wrong.
+    """
+    found = from_rpc_error(error, unreachable)
+    if found.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED, Reason.KEY_LIMIT_REACHED):
+        why = f"{unreachable.meaning} (it turns this service away: {found.message})"
+        return ServiceError(unreachable, why, retry_after=found.retry_after)
+    return found
+
+
 def read_details(error: grpc.RpcError) -> ErrorDetails | None:
     """What a server of mxgpt sent with its status; None if the status came from elsewhere."""
     serialized = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)

@@ -146,6 +146,23 @@ def test_the_command_line_too(
         nameless.list_models()
 
 
+def test_commands_that_take_a_server_besides_a_model_show_it_the_same(
+    guarded: Guarded, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("What is 12 + 30?\n")
+    monkeypatch.setenv("MXGPT_TOKEN", "client-key")
+    monkeypatch.setenv("MXGPT_CA", str(TLS / "ca.pem"))
+    certificate = ["--tls-certificate", str(TLS / "client.pem"), "--tls-key", str(TLS / "client.key")]
+    servers = ["--server", guarded.target("executor"), "--tokenizer", guarded.target("tokenizer")]
+    assert run(["perplexity", str(tmp_path / "text"), *servers, *certificate]) == 0
+    assert run(["evaluate", *servers[:2], *certificate, "--tasks", "2", "--minimum", "0"]) == 0
+    # Services that serve for the while have no door, whatever the environment says.
+    model = str(ROOT / "models" / "demo-gpt2.gguf")
+    assert run(["perplexity", model, str(tmp_path / "text")]) == 0
+    assert run(["evaluate", model, "--tasks", "2", "--minimum", "0"]) == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -300,6 +317,20 @@ def test_a_request_is_its_callers_alone(guarded: Guarded) -> None:
         mine.cancel("mine")
         with pytest.raises(MxgptError, match="cancelled"):
             list(generation)
+
+
+def test_a_service_that_is_turned_away_does_not_blame_its_caller(guarded: Guarded) -> None:
+    """The executor's own key is taken out of the files; the client's is as good as ever."""
+    without = "\n".join(line for line in KEYS.splitlines() if not line.startswith("peers:"))
+    with client(guarded, retry=ONCE) as mine:
+        try:
+            (guarded.directory / "keys").write_text(without + "\n")
+            with pytest.raises(MxgptError, match="turns this service away") as caught:
+                mine.complete("hello", max_tokens=5)
+            assert caught.value.reason == "TOKENIZER_UNAVAILABLE"
+        finally:
+            (guarded.directory / "keys").write_text(KEYS)
+        assert mine.complete("hello", max_tokens=5).outputs
 
 
 def test_health_is_told_on_the_local_socket_without_a_certificate(guarded: Guarded) -> None:

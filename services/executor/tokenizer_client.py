@@ -10,7 +10,7 @@ import grpc
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from shared.channel import Channel
 from shared.errors import Reason, ServiceError
-from shared.rpc_errors import from_rpc_error
+from shared.rpc_errors import from_peer_error
 
 CALL_TOKEN = "<|call|>"  # ends a Harmony message that calls a tool
 
@@ -71,4 +71,4 @@ class TokenizerClient:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer did not answer in time") from error
-            raise from_rpc_error(error, Reason.TOKENIZER_UNAVAILABLE) from error
+            raise from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE) from error

@@ -18,7 +18,7 @@ from shared.channel import Channel
 from shared.digest import digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
-from shared.rpc_errors import from_rpc_error
+from shared.rpc_errors import from_peer_error
 from shared.tokenizer_data import read_tokenizer_json, tokenizer_data_from_gguf
 from shared.tokenizer_data_proto import from_pieces
 
@@ -155,7 +155,7 @@ class LoaderStore:
 
 
 def _loader_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    found = from_rpc_error(error, Reason.LOADER_UNAVAILABLE)
+    found = from_peer_error(error, Reason.LOADER_UNAVAILABLE)
     if found.reason in (Reason.DEADLINE, Reason.CANCELLED, Reason.DRAINING):
         return ServiceError(Reason.LOADER_UNAVAILABLE, f"{Reason.LOADER_UNAVAILABLE.meaning} ({found.message})")
     return found
