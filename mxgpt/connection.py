@@ -12,6 +12,7 @@ import grpc
 from shared.certificates import channel_credentials
 from shared.channel import CHANNEL_OPTIONS, Channel, name_options, open_channel, target_uri, token_entry
 from shared.config import ClientConfig
+from shared.following_channel import FollowingChannel
 
 DEFAULT_TARGET = "localhost:50051"
 
@@ -25,7 +26,8 @@ class Connection:
             resolved again whenever a connection is lost, names in a list once.
         token: bearer token; MXGPT_TOKEN by default, None for none.
         tls_root: PEM authority that signed the servers' certificates; MXGPT_CA by default, None for plain text.
-        tls_certificate, tls_key: PEM certificate and key to show, where servers ask for one.
+        tls_certificate, tls_key: PEM certificate and key to show, where servers ask for one. Files are read again for
+            the first call after a change.
         tls_server_name: name that the certificate must have, where it is not the target's host.
 
     Raises:
@@ -39,17 +41,19 @@ class Connection:
     tls_key: str | Path | None = None
     tls_server_name: str | None = None
 
-    def open(self) -> grpc.Channel:
+    def open(self) -> grpc.Channel | FollowingChannel:
         """A channel for blocking calls.
 
         Raises:
-            OSError: when a TLS file can't be read.
+            OSError: when a TLS file can't be read, or holds what it should not.
         """
         config, uri = self._config(), target_uri(self._numeric_target())
         options = [*CHANNEL_OPTIONS, *name_options(config)]
         if config.tls_root is None:
             return grpc.insecure_channel(uri, options=options)
-        return grpc.secure_channel(uri, channel_credentials(config), options=options)
+        return FollowingChannel(
+            config.tls_files, lambda: grpc.secure_channel(uri, channel_credentials(config), options=options)
+        )
 
     def open_async(self) -> Channel:
         """A channel for calls from asyncio; see `open`."""

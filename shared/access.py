@@ -79,7 +79,7 @@ class AccessCheck(grpc.aio.ServerInterceptor):
         """
         assert key.max_calls is not None
         if self._num_running[key.name] >= key.max_calls:
-            why = f"{key.name} has {key.max_calls} calls running here, which is all that the key allows"
+            why = f"{key.name} has {key.max_calls} of {key.max_calls} calls running here; wait until one has ended"
             raise ServiceError(Reason.KEY_LIMIT_REACHED, why, retry_after=RETRY_SECONDS)
         self._num_running[key.name] += 1
         try:

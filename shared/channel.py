@@ -67,8 +67,7 @@ def open_channel(target: str, config: ClientConfig | None = None) -> Channel:
             credentials = grpc.composite_channel_credentials(credentials, plugin)
         return grpc.aio.secure_channel(uri, credentials, options=options)
 
-    paths = [path for path in (config.tls_root, config.tls_certificate, config.tls_key) if path is not None]
-    return FollowingChannel(paths, open_secure)
+    return FollowingChannel(config.tls_files, open_secure)
 
 
 def name_options(config: ClientConfig) -> list[tuple[str, Any]]:

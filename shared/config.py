@@ -78,6 +78,11 @@ class ClientConfig:
         if self.token is not None and self.token_file is not None:
             raise ValueError("a token comes from one place")
 
+    @property
+    def tls_files(self) -> list[Path]:
+        """The files that a channel with TLS is made from."""
+        return [path for path in (self.tls_root, self.tls_certificate, self.tls_key) if path is not None]
+
     def token_source(self) -> Callable[[], str] | None:
         """What gives the token for a call; None where none is sent.
 

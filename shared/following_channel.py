@@ -6,25 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import grpc
-
 from shared.watched import Watched
 
 
 class FollowingChannel:
-    """Opens a new channel for the first call after a file has changed, as `grpc.aio.Channel` towards stubs.
+    """Opens a new channel for the first call after a file has changed; to stubs it is a channel of the same kind.
 
     Calls that run stay on the channel that they began on, which ends with the last of them.
 
     Args:
         paths: the files.
-        open_channel: opens a channel with what is in them now.
+        open_channel: opens a channel, of grpc or grpc.aio, with what is in them now.
 
     Raises:
         OSError: what `open_channel` raises the first time.
     """
 
-    def __init__(self, paths: Sequence[Path], open_channel: Callable[[], grpc.aio.Channel]) -> None:
+    def __init__(self, paths: Sequence[Path], open_channel: Callable[[], Any]) -> None:
         self._channel = Watched(paths, open_channel)
 
     def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
@@ -39,9 +37,9 @@ class FollowingChannel:
     def stream_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
         return self._caller("stream_stream", method, options)
 
-    async def close(self) -> None:
-        """Close the channel that is current; its calls are cancelled."""
-        await self._channel.get().close()
+    def close(self) -> Any:
+        """Close the channel that is current; its calls are cancelled. To be awaited for a channel of grpc.aio."""
+        return self._channel.last.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -30,7 +30,7 @@ class Watched(Generic[T]):
         self._paths = tuple(paths)
         self._read = read
         self._stamps = self._look()
-        self._value = read()
+        self.last = read()  # what `get` gave last
 
     def get(self) -> T:
         """The value of the files as they are now, or as they last were good."""
@@ -39,11 +39,11 @@ class Watched(Generic[T]):
             self._stamps = stamps  # looked at before reading: a change during the read is seen next time
             names = ", ".join(map(str, self._paths))
             try:
-                self._value = self._read()
+                self.last = self._read()
                 log.info("read again: %s", names)
             except (OSError, ValueError) as error:
                 log.error("kept what was there before: %s", error)
-        return self._value
+        return self.last
 
     def _look(self) -> tuple[object, ...]:
         return tuple(_stamp(path) for path in self._paths)

@@ -239,7 +239,7 @@ def test_a_limit_is_reached_and_given_back_however_a_call_ends(tmp_path: Path) -
                 for caller in (bob, bob_again):
                     error = await error_of(caller.executor.Generate(executor_pb2.GenerateRequest()).read())
                     assert (error.reason, error.retry_after) == (Reason.KEY_LIMIT_REACHED, 1.0)
-                    assert "bob has 2 calls" in error.message
+                    assert "bob has 2 of 2 calls" in error.message
                 cancelled = await bob.executor.Cancel(executor_pb2.CancelRequest())
                 assert cancelled.executor_id == "bob", "cancelling is always possible"
                 await bob.health.Check(health_pb2.HealthCheckRequest())

@@ -7,11 +7,13 @@ import gc
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mxgpt import Client
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 from shared.certificates import server_credentials
 from shared.channel import open_channel
@@ -68,6 +70,34 @@ def test_a_channel_shows_the_certificate_of_now_and_its_calls_go_on(
 
     with caplog.at_level(logging.INFO):
         asyncio.run(main())
+
+
+def test_a_blocking_client_does_so_too(tmp_path: Path) -> None:
+    put("client", tmp_path, "own")
+
+    async def main() -> None:
+        server = Server(
+            ServerConfig("localhost:0", TLS / "server.pem", TLS / "server.key", TLS / "ca.pem"),
+            ["mxgpt.v1.ExecutorService"],
+        )
+        executor_pb2_grpc.add_ExecutorServiceServicer_to_server(Executor(server), server.grpc)
+        await asyncio.to_thread(call, await server.start())
+        await server.stop()
+
+    def call(address: str) -> None:
+        files = {"tls_certificate": tmp_path / "own.pem", "tls_key": tmp_path / "own.key"}
+        with Client(address, tls_root=TLS / "ca.pem", **files) as client:
+            assert client.cancel("any") == "client.example"
+            running = client._stub.Generate(executor_pb2.GenerateRequest())
+            assert next(running).delta.text == "a"
+            put("peer", tmp_path, "own")
+            assert client.cancel("any") == "peer.example"
+            gc.collect()
+            time.sleep(0.1)
+            assert running.is_active(), "it runs on"
+            running.cancel()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("broken", ["pem", "key"])

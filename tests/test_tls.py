@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -331,6 +332,22 @@ def test_a_service_that_is_turned_away_does_not_blame_its_caller(guarded: Guarde
         finally:
             (guarded.directory / "keys").write_text(KEYS)
         assert mine.complete("hello", max_tokens=5).outputs
+
+
+def test_a_key_with_all_its_calls_running_waits_for_one_to_end(guarded: Guarded) -> None:
+    (guarded.directory / "keys").write_text(KEYS + "frugal: frugal-key max_calls=1\n")
+    with client(guarded, token="frugal-key", retry=ONCE) as hasty, client(guarded, token="frugal-key") as patient:
+        generation = hasty.generate("hello", max_tokens=1500, ignore_eos=True)
+        next(generation)
+        with pytest.raises(MxgptError, match="frugal has 1 of 1 calls running") as caught:
+            hasty.complete("hello", max_tokens=2)
+        assert (caught.value.reason, caught.value.retry_after) == ("KEY_LIMIT_REACHED", 1.0)
+        assert hasty.list_models(), "asking is not counted"
+        waiting = patient.generate("hello", max_tokens=2)
+        timer = threading.Timer(0.5, generation.close)  # gives the call back while the patient one waits
+        timer.start()
+        assert list(waiting)
+        timer.join()
 
 
 def test_health_is_told_on_the_local_socket_without_a_certificate(guarded: Guarded) -> None:
