@@ -26,6 +26,7 @@ from models.train.tasks import Task, held_out_tasks, training_tasks
 from mxgpt.aio import AsyncClient
 from mxgpt.bundled import find_model
 from mxgpt.cli.terminal import note, print_table, progress
+from mxgpt.connection import Connection
 from mxgpt.evaluate import demo_tasks
 from mxgpt.perplexity import Passage, tokenize, window_passages
 from mxgpt.quality import Exam, differences, examine
@@ -33,6 +34,7 @@ from mxgpt.quality_picture import draw
 from mxgpt.quality_report import Report, describe, fields, panel, table
 from mxgpt.quantize_file import quantize_file
 from mxgpt.recipes import RECIPES, tensor_types
+from mxgpt.serve import NO_DOOR
 from mxgpt.tensor_error import tensor_errors
 from shared.gguf import read_gguf
 from shared.gpt_config import GPT_OSS, GPTConfig
@@ -111,19 +113,19 @@ def _demo_exam(architecture: str, num_tasks: int) -> Callable[[AsyncClient, str]
     """Held-out tasks to answer, and two texts: their right answers, and haiku."""
 
     async def make(_client: AsyncClient, tokenizer: str) -> Exam:
-        task_set = demo_tasks(SEED, num_tasks, architecture)
+        task_set, connection = demo_tasks(SEED, num_tasks, architecture), Connection(tokenizer, **NO_DOOR)
         haiku = (task for task in training_tasks(HAIKU_SEED) if task.kind == "haiku")
         chat_format = HARMONY if architecture == GPT_OSS else PLAIN
         texts = {
-            "right answers": await _completions(chat_format, held_out_tasks(SEED, num_tasks), tokenizer),
-            "haiku": await _completions(chat_format, list(itertools.islice(haiku, NUM_HAIKU)), tokenizer),
+            "right answers": await _completions(chat_format, held_out_tasks(SEED, num_tasks), connection),
+            "haiku": await _completions(chat_format, list(itertools.islice(haiku, NUM_HAIKU)), connection),
         }
         return Exam(texts, task_set)
 
     return make
 
 
-async def _completions(chat_format: str, tasks: list[Task], tokenizer: str) -> list[Passage]:
+async def _completions(chat_format: str, tasks: list[Task], tokenizer: Connection) -> list[Passage]:
     """Each task as a conversation, of which the model's part counts, its end included."""
     examples = [task_example(chat_format, task) for task in tasks]
     prompts = await tokenize(tokenizer, [e.prompt for e in examples], parse_special=True, add_special=False)
@@ -133,7 +135,7 @@ async def _completions(chat_format: str, tasks: list[Task], tokenizer: str) -> l
 
 def _text_exam(text: str) -> Callable[[AsyncClient, str], Awaitable[Exam]]:
     async def make(client: AsyncClient, tokenizer: str) -> Exam:
-        [token_ids] = await tokenize(tokenizer, [text])
+        [token_ids] = await tokenize(Connection(tokenizer, **NO_DOOR), [text])
         window = min(WINDOW, (await client.list_models())[0].context_length - 1)
         return Exam({"text": window_passages(token_ids, window, min(STRIDE, window - 1))})
 

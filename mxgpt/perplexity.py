@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mxgpt.aio import AsyncClient
+from mxgpt.connection import Connection
 from mxgpt.results import TokenLogprobs
 from mxgpt.tasks import run_all
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from shared.channel import open_channel
-from shared.config import ClientConfig
 
 NUM_AT_ONCE = 4  # passages under way
 
@@ -133,12 +132,11 @@ async def score(
 
 
 async def tokenize(
-    tokenizer: str,
+    tokenizer: Connection,
     texts: Sequence[str],
     *,
     parse_special: bool = False,
     add_special: bool = True,
-    config: ClientConfig | None = None,
 ) -> list[list[int]]:
     """The ids of each text.
 
@@ -149,10 +147,10 @@ async def tokenize(
     Raises:
         grpc.RpcError: when the tokenizer does not answer.
     """
-    async with open_channel(tokenizer, config) as channel:
+    async with tokenizer.open_async() as channel:
         stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         token_ids = []
         for text in texts:
             request = tokenizer_pb2.TokenizeRequest(text=text, parse_special=parse_special, add_special=add_special)
-            token_ids.append(list((await stub.Tokenize(request, timeout=60.0)).token_ids))
+            token_ids.append(list((await stub.Tokenize(request, timeout=60.0, metadata=tokenizer.metadata)).token_ids))
     return token_ids

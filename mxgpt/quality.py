@@ -117,7 +117,7 @@ async def examine(
     exam = None
     measurements = []
     for path in paths:
-        async with serving(path) as supervisor, AsyncClient(supervisor.address) as client:
+        async with serving(path) as supervisor, AsyncClient(**supervisor.connection) as client:
             exam = exam or await make_exam(client, supervisor.tokenizer_address)
             entries, answers = await _take(path.name, client, exam, on_progress)
         measurements.append(replace(weigh(path), entries=entries, answers=answers))

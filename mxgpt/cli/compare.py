@@ -14,13 +14,14 @@ import grpc
 from mxgpt.aio import AsyncClient
 from mxgpt.cli.failures import CommandError
 from mxgpt.cli.terminal import print_table, printable, progress
+from mxgpt.connection import Connection
 from mxgpt.errors import from_rpc_error
 from mxgpt.evaluate import MAX_TOKENS, TaskSet, demo_tasks
 from mxgpt.perplexity import Passage, tokenize, window_passages
 from mxgpt.quality import Exam, differences, examine, questions, weigh
 from mxgpt.quality_picture import draw
 from mxgpt.quality_report import Report, describe, fields, panel, table
-from mxgpt.serve import ServeError
+from mxgpt.serve import NO_DOOR, ServeError
 from mxgpt.tensor_error import TensorError, tensor_errors
 
 PATH = click.Path(path_type=Path)
@@ -108,7 +109,7 @@ def _exam_maker(
         if text is not None:
             if window >= model.context_length:
                 raise click.UsageError(f"--window goes up to {model.context_length - 1} here")
-            [token_ids] = await tokenize(tokenizer, [text])
+            [token_ids] = await tokenize(Connection(tokenizer, **NO_DOOR), [text])
             if len(token_ids) < 2:
                 raise CommandError(f"the text has {len(token_ids)} tokens; at least two are needed to predict one")
             texts["text"] = window_passages(token_ids, window, stride)

@@ -40,6 +40,7 @@ class ExecutorConfig:
     max_waiting: int = 512
     write_stall_seconds: float = 60.0
     log_level: str = "INFO"
+    log_content: bool = False  # prompts and answers, too
 
     def __post_init__(self) -> None:
         device_index(self.device)

@@ -37,7 +37,7 @@ class Executor:
         self._config = config
         names = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
         self._server = Server(config.server, [names])
-        self._servicer = ExecutorServicer(self._server, config.name, config.device, config.write_stall_seconds)
+        self._servicer = ExecutorServicer(self._server, config)
         executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._servicer, self._server.grpc)
         self._engine = EngineClient(self._servicer.on_events)
         self._loader = LoaderClient(config.loader, config.peers)
@@ -172,9 +172,10 @@ def _failure_of(task: asyncio.Task[None]) -> asyncio.Task[None]:
 @click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
 @click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
 @click.option("--log-level", default="INFO", show_default=True)
+@click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
 def main(**options: Any) -> None:
     """Serve Generate for one model, from weights that a loader shares."""
-    set_up_logs("executor", options["log_level"])
+    set_up_logs("executor", options["log_level"], with_content=options["log_content"])
     server = server_config(options)
     peers = client_config(options)
     on_gpu = options["device"] != "cpu"
@@ -188,7 +189,12 @@ def main(**options: Any) -> None:
         config = ExecutorConfig(server=server, peers=peers, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    raise SystemExit(asyncio.run(_serve(config)))
+    try:
+        code = asyncio.run(_serve(config))
+    except (OSError, RuntimeError) as error:
+        log.error("can't serve: %s", error)
+        code = 1
+    raise SystemExit(code)
 
 
 async def _serve(config: ExecutorConfig) -> int:

@@ -98,9 +98,10 @@ class TokenizerServer:
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file to take the tokenizer from; no loader then.")
 @click.option("--tokenizer-json", type=click.Path(path_type=Path), help="Used instead of the vocabulary in --model.")
 @click.option("--log-level", default="INFO", show_default=True)
+@click.option("--log-content", is_flag=True, help="What errors quote of prompts and answers, too.")
 def main(**options: Any) -> None:
     """Turn text and conversations into token ids, and token ids back into text."""
-    set_up_logs("tokenizer", options.pop("log_level"))
+    set_up_logs("tokenizer", options.pop("log_level"), with_content=options.pop("log_content"))
     server = server_config(options)
     peers = client_config(options)
     try:
