@@ -142,12 +142,12 @@ __device__ __forceinline__ void repack_octet(const Byte* window, Word64 mask, Wo
         Word64 first_strip, int num_strips, /* counted through all matrices */                                         \
         int rows, int columns, int strips_per_matrix, int num_upper /* halves of a strip that it fills */
 
-extern "C" __global__ void __launch_bounds__(256) repack(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(256, 4) repack(PARAMETERS) {
     repack_octet<OWN_FAMILY>(window, mask, start, quants, scales, minima, found, first_strip, num_strips, rows, columns,
                                   strips_per_matrix, num_upper);
 }
 
-extern "C" __global__ void __launch_bounds__(256) expand(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(256, 4) expand(PARAMETERS) {
     repack_octet<FAMILY_F32>(window, mask, start, quants, scales, minima, found, first_strip, num_strips, rows, columns,
                              strips_per_matrix, num_upper);
 }
