@@ -130,9 +130,7 @@ class Bench:
                     self._print_phases("has started", "serving m")
                     after = await used_bytes(stub)
                     grown = (after - before) / GIB
-                    print(
-                        f"    VRAM grew by {grown:.2f} GiB; estimated {self._own_bytes / GIB:.2f}, no weights among them"
-                    )
+                    print(f"    VRAM grew by {grown:.2f} GiB; {self._own_bytes / GIB:.2f} expected, without weights")
                     before = after
 
     async def _timed_load(self, stub: Any, loader: Child) -> tuple[float, int]:
