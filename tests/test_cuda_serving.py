@@ -93,7 +93,6 @@ def test_deaths_beside_a_stream_leave_it_unharmed(pair: Stack) -> None:
     served, other = pair.executors
     with Client(served.address) as client:
         quiet = client.complete(PROMPT, **options).outputs[0].token_ids
-        before = status_of(pair)
         with client.generate(PROMPT, **options) as generation:
             for number, _ in enumerate(generation):
                 if number == 20:
@@ -107,9 +106,9 @@ def test_deaths_beside_a_stream_leave_it_unharmed(pair: Stack) -> None:
     bring_back(pair, other)
     assert "adopted demo-gpt-oss" in pair.loader.text
     after = status_of(pair)
+    assert 0 < after.resident_bytes < after.used_bytes
     assert list(after.resident_models) == ["demo-gpt-oss"]
     assert after.num_leases == 2
-    assert after.used_bytes <= before.used_bytes + before.resident_bytes // 2, "a second copy"
 
 
 def status_of(stack: Stack) -> loader_pb2.GetStatusResponse:
