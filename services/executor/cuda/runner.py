@@ -137,26 +137,12 @@ class CudaRunner:
         return self._kv_bytes
 
     def launch(self, batch: StepBatch, draws: Draws) -> None:
-        assert 1 <= len(batch.token_ids) <= self._max_rows
-        buffer = self._buffers[self._num_launched % self.depth]
-        shape = self.shape_of(batch)
-        step, rows = self._upload(batch, shape, draws, buffer)
-        self._sampler.take_seats(draws)
-        wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
-        if self._is_graph(batch):
-            self.graph(shape).launch()
-            self._draw(rows, 0, len(batch.logits_rows))
-            wanted.read(0, len(batch.logits_rows))
-        else:
-            self._run_pieces(step, rows, wanted)
-        token_ids = buffer.token_ids[: len(batch.logits_rows)]
-        if len(token_ids):
-            self._device.download(self._sampler.token_ids, token_ids)
-        self._in_flight.append(Launched(self._device.mark(), token_ids, draws.rows, wanted))
-        self._num_launched += 1
+        with self._device.losing():
+            self._launch(batch, draws)
 
     def collect(self) -> StepResult:
-        return self._in_flight.popleft().result()
+        with self._device.losing():
+            return self._in_flight.popleft().result()
 
     def forward(self, batch: StepBatch) -> NDArray[np.float32]:
         """Write the KV of every row, and wait for it; logits (num_logits, vocab_size)."""
@@ -205,6 +191,25 @@ class CudaRunner:
         chunks = table_width * self._block_size // BLOCK_MULTIPLE
         wanted = BUSY_BLOCKS * self._device.num_multiprocessors // (num_rows * self._config.num_kv_heads)
         return max(1, min(MAX_SPLITS, wanted, chunks // SPLIT_CHUNKS))
+
+    def _launch(self, batch: StepBatch, draws: Draws) -> None:
+        assert 1 <= len(batch.token_ids) <= self._max_rows
+        buffer = self._buffers[self._num_launched % self.depth]
+        shape = self.shape_of(batch)
+        step, rows = self._upload(batch, shape, draws, buffer)
+        self._sampler.take_seats(draws)
+        wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
+        if self._is_graph(batch):
+            self.graph(shape).launch()
+            self._draw(rows, 0, len(batch.logits_rows))
+            wanted.read(0, len(batch.logits_rows))
+        else:
+            self._run_pieces(step, rows, wanted)
+        token_ids = buffer.token_ids[: len(batch.logits_rows)]
+        if len(token_ids):
+            self._device.download(self._sampler.token_ids, token_ids)
+        self._in_flight.append(Launched(self._device.mark(), token_ids, draws.rows, wanted))
+        self._num_launched += 1
 
     def _is_graph(self, batch: StepBatch) -> bool:
         """Whether every sequence has one token and logits of every row are wanted."""
