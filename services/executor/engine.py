@@ -258,7 +258,8 @@ class Engine:
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed
-        self._num_prompt_tokens += max(0, min(num_tokens, num_prompt_left))
+        if num_prompt_left > 0:
+            self._num_prompt_tokens += min(num_tokens, num_prompt_left)
         if num_tokens >= num_prompt_left:
             sequence.active.is_prompt_computed = True
         sequence.num_computed += num_tokens
