@@ -4,12 +4,13 @@
 where they were drawn, and what the host is to read comes back behind the step. So the GPU always has the next
 step before it has finished one. Two sets of page-locked arrays take turns.
 
-Steps in which every sequence has one token run as a CUDA graph of their shape, captured when the shape first occurs;
-their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
+Steps in which every sequence has one token run as a CUDA graph of their shape, captured at the start or when the shape
+first occurs; their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,7 @@ class CudaRunner:
         self._graphs: dict[Shape, Graph] = {}
         self._in_flight: deque[Launched] = deque()
         self._num_launched = 0
+        self._capture_ahead(max_sequences, num_blocks[FULL])
         device.synchronize()
 
     @property
@@ -156,15 +158,14 @@ class CudaRunner:
         """The shape under which a batch runs: rounded up where steps are to share a graph."""
         num_rows, num_logits, num_sequences = len(batch.token_ids), len(batch.logits_rows), len(batch.sequences)
         longest = max(sequence.context_length for sequence in batch.sequences)
-        table_width = 1 << max(3, (-(-longest // self._block_size) - 1).bit_length())
-        tile_rows = 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+        table_width = _table_width(-(-longest // self._block_size))
+        tile_rows = self._tile_rows
         if not self._is_graph(batch):
             tokens, wide = item_tokens(self._config, tile_rows), wide_tokens(self._config)
             num_wide, num_narrow = count_items(batch, tokens, wide)
             num_items = num_wide + num_narrow
             return Shape(num_rows, num_logits, num_sequences, num_items, table_width, tile_rows, 1, num_wide, wide)
-        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
-        return Shape(rows, rows, rows, rows, table_width, tile_rows, self._num_splits(rows, table_width))
+        return self._decode_shape(num_rows, table_width)
 
     def graph(self, shape: Shape) -> Graph:
         """The graph of a decoding step of this shape: from the last tokens to the best next ones."""
@@ -183,6 +184,23 @@ class CudaRunner:
         for graph in self._graphs.values():
             graph.destroy()
         self._graphs.clear()
+
+    @property
+    def _tile_rows(self) -> int:
+        return 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+
+    def _decode_shape(self, num_rows: int, table_width: int) -> Shape:
+        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
+        return Shape(rows, rows, rows, rows, table_width, self._tile_rows, self._num_splits(rows, table_width))
+
+    def _capture_ahead(self, max_sequences: int, num_blocks: int) -> None:
+        """The graphs of any number of short contexts and of one context of any length: what first requests need."""
+        for rows in GRAPH_ROWS[: bisect_left(GRAPH_ROWS, max_sequences) + 1]:
+            self.graph(self._decode_shape(rows, _table_width(1)))
+        width = _table_width(1)
+        while width < min(num_blocks, -(-self._config.context_length // self._block_size)):
+            width *= 2
+            self.graph(self._decode_shape(1, width))
 
     def _num_splits(self, num_rows: int, table_width: int) -> int:
         """Splits of a sequence's positions: enough blocks to fill the GPU, each with work for its warps."""
@@ -254,8 +272,13 @@ class CudaRunner:
 
     def _max_ints(self, max_rows: int, max_sequences: int) -> int:
         blocks = -(-self._config.context_length // self._block_size)
-        tables = round_up(max_sequences, GRAPH_ROWS[0]) * (1 << max(3, (blocks - 1).bit_length()))
+        tables = round_up(max_sequences, GRAPH_ROWS[0]) * _table_width(blocks)
         return (8 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
+
+
+def _table_width(num_blocks: int) -> int:
+    """Logical blocks of a table in steps that share a graph: a power of two."""
+    return 1 << max(3, (num_blocks - 1).bit_length())
 
 
 def _check(config: GPTConfig, block_size: int) -> None:
