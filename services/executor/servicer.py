@@ -171,7 +171,17 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             model.engine.cancel(engine_request.request_id, index)
 
         request_id = request.request_id or uuid.uuid4().hex
-        return Generation(engine_request, request_id, caller, model.origin, form, vocabulary, model.pipe, cancel_output)
+        return Generation(
+            engine_request,
+            request_id,
+            caller,
+            model.origin,
+            form,
+            vocabulary,
+            model.pipe,
+            cancel_output,
+            self.generations.delta_interval,
+        )
 
     async def _prompt(self, model: _Model, request: Any) -> tuple[int, ...]:
         limits = model.limits
