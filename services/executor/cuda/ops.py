@@ -27,6 +27,7 @@ FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
 MANY_ROWS = 64  # past them routing and storing keys have kernels of their own
+HOPPER_GROUPED_ROWS = 256  # the same before product_wgmma.cu
 GROUPED_ROWS = 512  # up to here experts have few rows each: product_rows.cu, else product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
@@ -34,11 +35,14 @@ NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
 MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
+MANY_STRIP_ROWS = 16  # up to here product_rows.cu is the better one on Hopper even for a matrix of many strips
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
 MAX_PARTIALS = 1024  # of a decoding step's attention: rows, key heads and splits
 MAX_SPLITS = 64
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
 MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
+
+GROUP_LIMITS = ((16, 8), (64, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 
 # Bytes that a warp's lanes hold of a tile in a slot of their ring (weights.cuh).
 SLOT_BYTES = {
@@ -317,7 +321,7 @@ class CudaOps:
         assert bias is not None
         num_rows = x.num_rows
         pairs = num_rows * num_used
-        group_rows = TILED_ROWS if self._is_hopper and num_rows > SMALL_ROWS else _group_rows(num_rows)
+        group_rows = _group_rows(num_rows, HOPPER_GROUPED_ROWS if self._is_hopper else GROUPED_ROWS)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
             assert pairs <= SORTED_PAIRS
@@ -418,7 +422,8 @@ class CudaOps:
         x = self.halves(x)
         addresses = (*planes, x.address, address, 0, 0)
         numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
-        if x.num_rows > SMALL_ROWS and self._is_hopper:
+        is_large = x.num_rows > SMALL_ROWS or (x.num_rows > MANY_STRIP_ROWS and strips >= WHOLE_STRIPS)
+        if is_large and self._is_hopper:
             self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
@@ -646,12 +651,11 @@ def _row_tiles(num_rows: int) -> int:
     return next(tiles for tiles in PRODUCT_TILES if 8 * tiles >= num_rows)
 
 
-def _group_rows(num_rows: int) -> int:
-    """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each."""
-    for limit, group_rows in ((16, 8), (64, 16), (128, 32), (GROUPED_ROWS, 64)):
-        if num_rows <= limit:
-            return group_rows
-    return TILED_ROWS
+def _group_rows(num_rows: int, max_rows: int) -> int:
+    """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each, so that few have two."""
+    if num_rows > max_rows:
+        return TILED_ROWS
+    return next(group_rows for limit, group_rows in GROUP_LIMITS if num_rows <= limit)
 
 
 def item_tokens(config: GPTConfig, tile_rows: int) -> int:
