@@ -38,9 +38,12 @@ constexpr int MAX_STRIPS = FAMILY <= 1 ? 2 : 1;       // of a warp, for which it
 constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
 constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
 constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
-constexpr int TILE_BYTES = TILE_CODES + TILE_SCALES + TILE_MINIMA;
-constexpr int STAGE_BYTES = 8 * MAX_STRIPS * TILE_BYTES;  // of weights
+constexpr int SCALES_AT = 8 * MAX_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + 8 * MAX_STRIPS * TILE_SCALES;
+constexpr int STAGE_BYTES = MINIMA_AT + 8 * MAX_STRIPS * TILE_MINIMA;  // of weights
 constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
+#ifndef FENCE
+#define FENCE 1
+#endif
 #ifndef LAG
 #define LAG 3
 #endif
@@ -74,11 +77,30 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
     return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * TILE_STRIPS};
 }
 
+// A stage's weights in one plane, SIZE bytes of each strip, whose bytes of all column tiles are `pitch`.
+template <int STRIPS, int SIZE>
+__device__ __forceinline__ void copy_plane(uint32_t target, const char* source, int num_strips, int pitch) {
+    constexpr int TOTAL = 8 * STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
+    static_assert(PASS % SIZE == 0 || SIZE % PASS == 0, "a pass is some strips or a part of one");
+    int strip = threadIdx.x * 16 / SIZE;
+    const char* piece = source + strip * pitch + threadIdx.x * 16 % SIZE;
+#pragma unroll
+    for (int byte = 0; byte < TOTAL; byte += PASS) {
+        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips) copy_async<16>(target + byte + threadIdx.x * 16, piece);
+        if (SIZE > PASS && (byte + PASS) % SIZE != 0) {
+            piece += PASS;
+        } else {
+            strip += SIZE > PASS ? 1 : PASS / SIZE;
+            piece += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
+        }
+    }
+}
+
 template <int STRIPS>
 __device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
-    // The thread copies 16 bytes of every STEP-th row; lanes of the first warp each a strip's weights.
-    constexpr int STEP = NUM_COPIERS / 8, NUM_STEPS = MAX_ROWS / STEP, NUM_STRIPS = 8 * STRIPS;
-    const int piece = threadIdx.x % 8, first = threadIdx.x / 8;
+    // The thread copies 16 bytes of every STEP-th row.
+    constexpr int STEP = NUM_COPIERS / 8, NUM_STEPS = MAX_ROWS / STEP;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8, column_tiles = product.column_tiles;
     uint32_t offsets[NUM_STEPS];
 #pragma unroll
     for (int i = 0; i < NUM_STEPS; i++) {
@@ -86,32 +108,29 @@ __device__ __forceinline__ void copy_tiles(const Product& product, const Work& w
         offsets[i] = (product.row_ids == nullptr ? row : product.row_ids[row]) * product.x_pitch + piece * 8;
     }
     const uint32_t place = first * ROW_BYTES + (piece ^ first % 8) * 16;  // STEP is a multiple of eight
-    const int strip = min(work.first_strip + static_cast<int>(threadIdx.x), product.num_strips - 1);
-    const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + strip) * product.column_tiles;
-    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
-        const uint32_t barrier = ring.full + ring.stage * 8;
+    const int num_strips = product.num_strips - work.first_strip;
+    const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + work.first_strip) * column_tiles;
+    for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-        if (threadIdx.x < 32) {
-            const uint32_t target = ring.weights + ring.stage * STAGE_BYTES + threadIdx.x * TILE_BYTES;
-            if (threadIdx.x == 0) arrive_expecting(barrier, NUM_STRIPS * TILE_BYTES);
-            __syncwarp();
-            if (threadIdx.x < NUM_STRIPS) {
-                const size_t index = tile + column_tile;
-                const Planes& planes = product.planes;
-                copy_bulk(target, planes.quants + index * TILE_CODES, TILE_CODES, barrier);
-                if (TILE_SCALES > 0)
-                    copy_bulk(target + TILE_CODES, planes.scales + index * TILE_SCALES, TILE_SCALES, barrier);
-                if (TILE_MINIMA > 0)
-                    copy_bulk(target + TILE_CODES + TILE_SCALES, planes.minima + index * TILE_MINIMA, TILE_MINIMA,
-                              barrier);
-            }
-        }
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+        const Planes& planes = product.planes;
+        const size_t index = tile + column_tile;
+        copy_plane<STRIPS, TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips,
+                                       column_tiles * TILE_CODES);
+#if FAMILY <= 3
+        copy_plane<STRIPS, TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
+                                        column_tiles * TILE_SCALES);
+#endif
+#if FAMILY == 2
+        copy_plane<STRIPS, TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
+                                        column_tiles * TILE_MINIMA);
+#endif
         const __half* source = product.x + column_tile * 64;
         const uint32_t stage = ring.x + ring.stage * X_BYTES + place;
 #pragma unroll
         for (int i = 0; i < NUM_STEPS; i++)
             if (STEP * i + first < work.count) copy_async<16>(stage + i * STEP * ROW_BYTES, source + offsets[i]);
-        arrive_with_copies(barrier);
+        arrive_with_copies(ring.full + ring.stage * 8);
         ring.advance();
     }
 }
@@ -139,18 +158,21 @@ __device__ __forceinline__ uint4 read_shared<uint4>(uint32_t address) {
     return value;
 }
 
-// load_tile, from a stage.
-__device__ __forceinline__ void take_tile(Tile& tile, uint32_t address, int lane) {
+// load_tile, from strip `strip` of the weights of a stage.
+__device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int strip, int lane) {
 #pragma unroll
-    for (int i = 0; i < NUM_LOADS; i++) tile.codes[i] = read_shared<uint4>(address + i * 512 + lane * 16);
-    [[maybe_unused]] const uint32_t scales = address + TILE_CODES;
+    for (int i = 0; i < NUM_LOADS; i++)
+        tile.codes[i] = read_shared<uint4>(weights + strip * TILE_CODES + i * 512 + lane * 16);
+#if FAMILY <= 3
+    const uint32_t scales = weights + SCALES_AT + strip * TILE_SCALES;
+#endif
 #if FAMILY == 0
     tile.scales = read_shared<uint32_t>(scales + lane / 4 * 4);
 #elif FAMILY == 1
     tile.scales = read_shared<uint2>(scales + lane / 4 * 8);
 #elif FAMILY == 2
     tile.scales = read_shared<uint4>(scales + lane / 4 * 16);
-    tile.minima = read_shared<uint4>(scales + TILE_SCALES + lane / 4 * 16);
+    tile.minima = read_shared<uint4>(weights + MINIMA_AT + strip * TILE_MINIMA + lane / 4 * 16);
 #elif FAMILY == 3
     tile.scales = read_shared<uint4>(scales + lane % 4 / 2 * 128 + lane / 4 * 16);
 #endif
@@ -309,10 +331,10 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     float sums[STRIPS][MAX_ROWS / 2];
     const auto begin_stage = [&] {
         await_barrier(ring.full + ring.stage * 8, ring.phase);
-        show_to_products();
-        const uint32_t address = ring.weights + ring.stage * STAGE_BYTES + first * TILE_BYTES;
+        if (FENCE) show_to_products();
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], address + 4 * s * TILE_BYTES, lane);
+        for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 0, largest[s], a[0][s]);
     };
@@ -360,7 +382,7 @@ __device__ __forceinline__ void run(const Product& product) {
     ring.empty = ring.full + NUM_STAGES * 8;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
-            make_barrier(ring.full + stage * 8, NUM_COPIERS + 1);
+            make_barrier(ring.full + stage * 8, NUM_COPIERS);
             make_barrier(ring.empty + stage * 8, (NUM_THREADS - NUM_COPIERS) / 32);
         }
     }

@@ -75,11 +75,6 @@ __device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive, and let the phase wait for so many bytes of copy_bulk too.
-__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
-}
-
 // The phase of this parity is over.
 __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
     uint32_t is_over;
@@ -90,13 +85,6 @@ __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity)
             : "r"(barrier), "r"(parity)
             : "memory");
     } while (!is_over);
-}
-
-// Bytes, a multiple of 16, that lie one after another.
-__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, int num_bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                 "l"(source), "r"(num_bytes), "r"(barrier)
-                 : "memory");
 }
 
 // Registers of each thread of the warpgroup, from here on.
