@@ -37,7 +37,7 @@ SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
-HOPPER_GROUPED_ROWS = 256  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+HOPPER_GROUPED_ROWS = 128  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
 GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
@@ -52,7 +52,7 @@ MAX_SPLITS = 64
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
 MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
 
-GROUP_LIMITS = ((16, 8), (64, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
+GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 
 # Bytes that a warp's lanes hold of a tile in a slot of their ring (weights.cuh).
 SLOT_BYTES = {
