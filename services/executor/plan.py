@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.executor.sequence import Sequence
 from services.executor.step import Draws, SequenceSlice, StepBatch
@@ -33,55 +34,54 @@ class Plan(NamedTuple):
 
 def lay_out(chosen: Iterable[tuple[Sequence, int]]) -> Plan:
     """Lay the next tokens of sequences out, so many of each, sequence after sequence."""
-    chosen = list(chosen)
-    num_tokens = sum(count for _, count in chosen)
-    token_ids = np.empty(num_tokens, np.int32)
-    positions = np.empty(num_tokens, np.int32)
+    token_ids: list[int] = []
+    positions: list[int] = []
     shares: list[Share] = []
     slices: list[SequenceSlice] = []
     logits_rows: list[int] = []
     wanted: list[int] = []
     drawing: list[Sequence] = []
     draw_rows: list[int] = []
-    start = 0
     for sequence, count in chosen:
-        begin = sequence.num_launched
+        start, begin = len(token_ids), sequence.num_launched
         end = begin + count
         if begin >= sequence.num_tokens:  # it is being drawn, and alone
             assert sequence.seat is not None
-            token_ids[start], positions[start] = -1 - sequence.seat, begin
-        elif count == 1:
-            token_ids[start], positions[start] = sequence.token_ids[begin], begin
+            token_ids.append(-1 - sequence.seat)
+            positions.append(begin)
         else:
-            token_ids[start : start + count] = sequence.token_ids[begin:end]
-            positions[start : start + count] = np.arange(begin, end)
+            token_ids += sequence.token_ids[begin:end].tolist()
+            positions += range(begin, end)
         slices.append(SequenceSlice(start, count, end, sequence.block_tables))
         first_wanted, first_scored, num_scored = len(wanted), 0, 0
         if sequence.scores_prompt:
             scored = sequence.rows_to_score(begin, end)
             first_scored, num_scored = scored.start, len(scored)
-            wanted.extend(range(len(logits_rows), len(logits_rows) + num_scored))
-            logits_rows.extend(start + position - begin for position in scored)
-        start += count
+            wanted += range(len(logits_rows), len(logits_rows) + num_scored)
+            logits_rows += range(start + first_scored - begin, start + first_scored - begin + num_scored)
         draws = end == sequence.num_tokens + sequence.num_drawing
         if draws:
             if sequence.active.request.logprobs is not None:
                 wanted.append(len(logits_rows))
             drawing.append(sequence)
             draw_rows.append(len(logits_rows))
-            logits_rows.append(start - 1)
+            logits_rows.append(start + count - 1)
         num_wanted = len(wanted) - first_wanted
         shares.append(Share(sequence, count, draws, first_scored, num_scored, first_wanted, num_wanted))
-    batch = StepBatch(token_ids, positions, slices, np.array(logits_rows, np.int32))
+    batch = StepBatch(_ints(token_ids), _ints(positions), slices, _ints(logits_rows))
     return Plan(shares, batch, _draws(drawing, draw_rows, wanted))
 
 
 def _draws(drawing: list[Sequence], rows: list[int], wanted: list[int]) -> Draws:
     return Draws(
-        rows=np.array(rows, np.int32),
+        rows=_ints(rows),
         samplers=[sequence.sampler for sequence in drawing],
-        seats=np.array([sequence.seat for sequence in drawing], np.int32),
-        token_indices=np.array([sequence.num_output_tokens + sequence.num_drawing for sequence in drawing], np.int32),
+        seats=_ints([sequence.seat for sequence in drawing]),
+        token_indices=_ints([sequence.num_output_tokens + sequence.num_drawing for sequence in drawing]),
         starts=[place for place, sequence in enumerate(drawing) if not sequence.has_drawn],
-        wanted=np.array(wanted, np.int32),
+        wanted=_ints(wanted),
     )
+
+
+def _ints(values: list[int] | list[int | None]) -> NDArray[np.int32]:
+    return np.array(values, np.int32)

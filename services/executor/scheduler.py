@@ -94,7 +94,8 @@ class Scheduler:
                 continue
             num_pending = sequence.num_pending
             num_tokens = 1 if num_pending == 1 else self._chunk(sequence, budget)
-            if num_tokens and self._allocate(sequence, num_tokens):
+            has_blocks = sequence.num_launched + num_tokens <= sequence.num_allocated
+            if num_tokens and (has_blocks or self._allocate(sequence, num_tokens)):
                 chosen.append((sequence, num_tokens))
                 budget -= num_tokens if num_pending > 1 else 0
             place += 1
