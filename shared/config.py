@@ -38,7 +38,7 @@ class ServerConfig:
             raise ValueError("--tls-certificate and --tls-key come together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
-        if self.tls_certificate is None and not self.allow_insecure and not _is_local(self.listen):
+        if self.tls_certificate is None and not self.allow_insecure and not is_local(self.listen):
             raise ValueError(
                 f"refusing to listen on {self.listen} without TLS: give --tls-certificate and --tls-key, "
                 "or --allow-insecure inside a network that you trust"
@@ -126,7 +126,8 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[F], F]:
     return decorate
 
 
-def _is_local(listen: str) -> bool:
+def is_local(listen: str) -> bool:
+    """Whether only this machine can reach an address."""
     if listen.startswith("unix:"):
         return True
     host = listen.rpartition(":")[0].strip("[]")

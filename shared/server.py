@@ -34,6 +34,8 @@ OVERALL = ""  # health name of the server as a whole
 def servicer_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a `ServiceError` of an async method or async generator into its status, anything else into INTERNAL.
 
+    The servicer's `calls` (shared.calls.Calls) watch over each call.
+
     A generator's responses are written from here, so that it is closed, and its `finally` run, as soon as the
     client cancels, and not when the garbage collector finds it.
     """
@@ -41,11 +43,12 @@ def servicer_method(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            if not inspect.isasyncgenfunction(method):
-                return await method(self, request, context)
-            async with contextlib.aclosing(method(self, request, context)) as responses:
-                async for response in responses:
-                    await context.write(response)
+            with self.calls.watch(method.__name__, request, context):
+                if not inspect.isasyncgenfunction(method):
+                    return await method(self, request, context)
+                async with contextlib.aclosing(method(self, request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
         except Exception as error:
             await _abort(context, method.__qualname__, error)
 

@@ -82,6 +82,7 @@ class Generation:
         request: as the engine gets it; its id is the engine's, unique in this process.
         request_id: the caller's id for it.
         cancel_output: tells the engine that an output, by index, is over.
+        on_finished: told each output's Finished, and how many of its tokens were resumed.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Generation:
         vocabulary: Vocabulary | None,
         pipe: TextPipe,
         cancel_output: Callable[[int], None],
+        on_finished: Callable[[Any, int], None],
     ) -> None:
         self.request = request
         self.request_id = request_id
@@ -101,6 +103,7 @@ class Generation:
         self._vocabulary = vocabulary
         self._pipe = pipe
         self._cancel_output = cancel_output
+        self._on_finished = on_finished
         self._arrival = time.monotonic()
         self._queue_seconds = 0.0
         self._num_cached_tokens = 0
@@ -268,6 +271,7 @@ class Generation:
             ),
             timings=self._timings(output),
         )
+        self._on_finished(finished, output.num_resumed)
         self._pending.append(executor_pb2.GenerateResponse(finished=finished))
         self._wake.set()
 
