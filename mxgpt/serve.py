@@ -32,6 +32,7 @@ from shared.rpc_errors import from_rpc_error
 T = TypeVar("T")
 
 EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
+METRICS_PORT = 9460  # of the loader; tokenizer and executors have the next ones
 
 MAX_RESTARTS = 5  # of one child within RESTART_WINDOW seconds
 RESTART_WINDOW = 60.0
@@ -55,7 +56,10 @@ class ServeConfig:
     loader_port: int = 0
     num_executors: int = 1
     drain_seconds: float = 30.0
+    metrics_port: int | None = None  # of the loader; tokenizer and executors have the next ones, all on loopback
+    traces: str | None = None  # see shared.telemetry.TelemetryConfig
     log_level: str = "INFO"
+    log_format: str = "text"
     token_file: Path | None = None
     allow_insecure: bool = False
     executor_options: tuple[str, ...] = ()  # further options of `mxgpt executor`
@@ -96,6 +100,11 @@ class Supervisor:
         self._ready = False
         self._addresses: list[str] = []
         self.tokenizer_address = ""
+
+    @property
+    def metrics_addresses(self) -> list[str]:
+        """Where metrics are served: the loader's, the tokenizer's, then each executor's; empty where they are off."""
+        return [child.metrics for child in reversed(self._children) if child.metrics]
 
     @property
     def address(self) -> str:
@@ -189,12 +198,22 @@ class Supervisor:
         self._addresses = [await self._or_end(executor.address()) for executor in executors]
 
     async def _start_child(self, name: str, label: str, listen: str, options: list[str]) -> Child:
-        every_option = [*options, "--log-level", self.config.log_level]
+        every_option = [*options, *self._telemetry_options()]
         child = Child(name, label, listen, every_option, self._on_line)
         await child.start()
         self._children.insert(0, child)
         self._watches.append(asyncio.create_task(self._watch(child)))
         return child
+
+    def _telemetry_options(self) -> list[str]:
+        """Options of the next child; its metrics have the port after the last one's."""
+        config = self.config
+        options = ["--log-level", config.log_level, "--log-format", config.log_format]
+        if config.traces is not None:
+            options += ["--traces", config.traces]
+        if config.metrics_port is not None:
+            options += ["--metrics", f"127.0.0.1:{config.metrics_port and config.metrics_port + len(self._children)}"]
+        return options
 
     async def _watch(self, child: Child) -> None:
         """Keep a child running; raises when that is hopeless."""
