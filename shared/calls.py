@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from shared.errors import Reason, ServiceError
 from shared.logs import add_log_fields, log_fields
 from shared.tracing import NO_SPAN, Metadata, Span, Tracing
+
+log = logging.getLogger(__name__)
 
 OK = "OK"  # the reason of a call that ended well
 REQUEST_ID_KEY = "x-request-id"  # metadata between services: the request that a call is made for
@@ -35,7 +38,8 @@ class Call:
     request: Any  # the message; None for a stream of requests
     span: Span
     start: float = field(default_factory=time.monotonic)
-    facts: dict[str, Any] = field(default_factory=dict)  # set by the method as it learns them, for span and log
+    facts: dict[str, Any] = field(default_factory=dict)  # set by the method as it learns them, for the span
+    note: str = ""  # for the log, once it has ended
 
     def ended(self, reason: str) -> None:
         self.span.set({"mxgpt.reason": reason, **self.facts})
@@ -106,6 +110,8 @@ class Calls:
                     self._seconds.labels(method).observe(seconds)
                 self.on_ended(call, reason, seconds)
                 call.ended(reason)
+                level = logging.DEBUG if reason == OK and method not in STARTS_TRACE else logging.INFO
+                log.log(level, "%s ended after %.3f s: %s%s", method, seconds, reason, call.note)
 
     def denied(self, method: str) -> None:
         """Count a call that was refused for want of a token; no method ever saw it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import math
 import os
@@ -112,8 +111,7 @@ class Terminal:
             assert ready, f"no {wanted!r} in {self.text[-2000:]!r}"
             try:
                 self.text += os.read(self._ours, 65536).decode(errors="replace")
-            except OSError as error:
-                assert error.errno == errno.EIO
+            except OSError:  # nobody holds the other end any more
                 raise AssertionError(f"ended without {wanted!r}: {self.text[-2000:]!r}") from None
 
     def press(self, key: bytes) -> None:

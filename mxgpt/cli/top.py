@@ -94,7 +94,7 @@ def _watch(history: History, interval: float) -> None:
             due = time.monotonic() + interval
             history.update()
             live.update(render(history, console.width, console.height), refresh=True)
-            if pressed(max(0.0, due - time.monotonic())) in ("q", "Q", "\x03", ""):
+            if pressed(max(0.0, due - time.monotonic())) in ("q", "Q", ""):
                 return
 
 

@@ -6,7 +6,6 @@ its state when a scrape comes. The conventions' boundaries of buckets are kept, 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,8 +20,6 @@ from shared.calls import OK, Call
 from shared.logs import add_log_fields
 from shared.manifest import Manifest
 from shared.tracing import Span
-
-log = logging.getLogger(__name__)
 
 PROVIDER = "mxgpt"  # gen_ai.provider.name
 
@@ -118,7 +115,7 @@ class ExecutorMetrics:
         call.facts["gen_ai.operation.name"] = operation
         call.facts["gen_ai.provider.name"] = PROVIDER
         call.facts["gen_ai.request.model"] = self._model
-        log.info("Generate ended after %.3f s: %s", seconds, _summary(reason, call.facts))
+        call.note = _note(call.facts)
 
 
 class WatchedRequest:
@@ -227,10 +224,10 @@ def _reason(finished: Any) -> str:
     return name.removeprefix("FINISH_REASON_")
 
 
-def _summary(reason: str, facts: Mapping[str, Any]) -> str:
+def _note(facts: Mapping[str, Any]) -> str:
     if "gen_ai.usage.input_tokens" not in facts:
-        return reason
+        return ""
     return (
-        f"{reason}, {facts['gen_ai.usage.input_tokens']} prompt tokens ({facts['mxgpt.cached_tokens']} cached), "
+        f", {facts['gen_ai.usage.input_tokens']} prompt tokens ({facts['mxgpt.cached_tokens']} cached), "
         f"{facts['gen_ai.usage.output_tokens']} output tokens, {' '.join(facts['gen_ai.response.finish_reasons'])}"
     )
