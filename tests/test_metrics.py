@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +21,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from services.loader.leases import Leases
+from services.loader.loading import LoadOptions, Source
+from services.loader.loads import Loads
+from services.loader.metrics import loader_metrics
+from services.loader.store import ModelStore
 from shared.config import ServerConfig
 from shared.telemetry import TelemetryConfig
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import Service, Stack, running
+from tests.stack import ROOT, Service, Stack, running
 from tests.test_generate import wait_until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -224,3 +237,90 @@ def test_an_address_in_use_is_one_line(watched: Stack) -> None:
     assert second.process.wait(20) == 1
     wait_until(lambda: "can't be served" in second.text)
     assert "Traceback" not in second.text
+
+
+METRIC_NAME = re.compile(r"\b(?:mxgpt|gen_ai|process)_\w+")
+
+
+def dashboard_queries() -> list[str]:
+    panels = json.loads((ROOT / "deploy/grafana/mxgpt.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+def test_the_dashboard_asks_for_what_is_served(watched: Stack, stub: Any) -> None:
+    collect(stub.Generate(chat("What is 12 + 30?", sampling=greedy())))
+    served = {name for service in (watched.executor, watched.tokenizer, watched.loader) for name, _ in scrape(service)}
+    served |= {"mxgpt_loader_load_done_bytes", "mxgpt_loader_load_total_bytes"}  # while a load is under way
+    queries = dashboard_queries()
+    assert len(queries) > 20
+    asked = {name for query in queries for name in METRIC_NAME.findall(query)}
+    assert asked <= served
+    groupings = {
+        label for query in queries for each in re.findall(r"by \(([^)]*)\)", query) for label in each.split(", ")
+    }
+    scraped = [key for service in (watched.executor, watched.tokenizer, watched.loader) for key in scrape(service)]
+    assert groupings <= {label for _, labels in scraped for label, _ in labels} | {
+        "instance"
+    }  # Prometheus adds this one
+
+
+def test_a_load_under_way_tells_how_far_it_is(demo_gpt2: Path, tmp_path: Path) -> None:
+    """Asked of the collector itself: the demo model loads too fast for a scrape to meet it."""
+    store = ModelStore()
+
+    async def ask() -> dict[str, float]:
+        loads = Loads(store, LoadOptions())
+        async with loads.join(Source(demo_gpt2, "demo")) as load:
+            found = {}
+            while not load.ended.done():
+                for metric in loader_metrics(store, loads, Leases()):
+                    for sample in metric.samples:
+                        if sample.labels.get("model") == "demo" and "load" in sample.name.removeprefix("mxgpt_loader"):
+                            found[sample.name] = sample.value
+                await asyncio.sleep(0)
+            (await load.ended).free()
+        return found
+
+    found = asyncio.run(ask())
+    assert found.keys() >= {"mxgpt_loader_load_done_bytes", "mxgpt_loader_load_total_bytes"}
+    assert found["mxgpt_loader_load_done_bytes"] <= found["mxgpt_loader_load_total_bytes"]
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed: its own parser is not asked"
+)
+def test_a_real_prometheus_understands_every_query(watched: Stack, stub: Any, tmp_path: Path) -> None:
+    targets = [service.metrics for service in (watched.executor, watched.tokenizer, watched.loader)]
+    jobs = {"job_name": "mxgpt", "static_configs": [{"targets": targets}]}
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [jobs]})
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    process = subprocess.Popen(
+        ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={address}"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+
+        def ask(query: str) -> list[Any]:
+            url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                found: list[Any] = json.load(answer)["data"]["result"]
+                return found
+
+        def are_up() -> bool:
+            with contextlib.suppress(OSError):
+                return len([each for each in ask("up") if each["value"][1] == "1"]) == 3
+            return False
+
+        wait_until(are_up, 30.0)
+        collect(stub.Generate(chat("What is 12 + 30?", sampling=greedy())))
+        for query in dashboard_queries():
+            if "mxgpt_loader_load_" not in query:  # nothing is being loaded
+                asked = query.replace("$__rate_interval", "10s")
+                wait_until(lambda asked=asked: bool(ask(asked)), 15.0)
+    finally:
+        process.terminate()
+        process.wait(10)
