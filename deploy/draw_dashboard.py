@@ -26,7 +26,7 @@ COLUMN, LINE, GAP = 58, 26, 8  # pixels: of the dashboard's grid of 24 columns, 
 HEAD, FOOT = 46, 34
 COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#96d98d")
 NUM_POINTS = 240
-MAX_LEGEND_CHARACTERS = 74
+MAX_LEGEND_CHARACTERS = 70
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def _stat(panel: dict[str, Any], lines: list[Line], box: tuple[int, ...], promet
     if not points:
         return [_text(left + width / 2, top + height / 2 + 8, "no data", "#6e7683", anchor="middle")]
     highest = max(value for _, value in points) or 1.0
-    place = _Place(left, top + height * 0.55, width, height * 0.45, prometheus, highest)
+    place = _Place(left, top + height * 0.66, width, height * 0.34, prometheus, highest)
     unit = panel["fieldConfig"]["defaults"]["unit"]
     return [
         _area(place, points, [0.0] * len(points), COLOURS[2], 0.25),
-        _text(left + width / 2, top + height / 2 + 10, _value(points[-1][1], unit), "#d8d9da", 26, "middle"),
+        _text(left + width / 2, top + height / 2 + 8, _value(points[-1][1], unit), "#d8d9da", 24, "middle"),
     ]
 
 
@@ -157,7 +157,7 @@ def _legend(lines: list[Line], left: float, bottom: float) -> list[str]:
             f'<rect x="{x:.0f}" y="{bottom - 6:.0f}" width="11" height="3" fill="{COLOURS[number % len(COLOURS)]}"/>'
         )
         parts.append(_text(x + 15, bottom, line.name, "#9fa7b3", 10))
-        x += 27 + 5.4 * len(line.name)
+        x += 28 + 6 * len(line.name)
     return parts
 
 

@@ -106,6 +106,11 @@ class Supervisor:
         """Where metrics are served: the loader's, the tokenizer's, then each executor's; empty where they are off."""
         return [child.metrics for child in reversed(self._children) if child.metrics]
 
+    def process_id(self, name: str) -> int:
+        """Of the first service of this name: "loader", "tokenizer" or "executor"."""
+        (child, *_) = (child for child in reversed(self._children) if child.name == name)
+        return child.process_id
+
     @property
     def address(self) -> str:
         """Where Generate is served: every executor, with commas between."""

@@ -96,11 +96,13 @@ class Calls:
             _current.set(call)
             running = self._running.labels(method)
             running.inc()
-            reason = OK
+            reason, reference = OK, ""
             try:
                 yield call
             except BaseException as error:
                 reason = _reason_of(error, context)
+                if isinstance(error, ServiceError) and "reference" in error.metadata:
+                    reference = f", reference {error.metadata['reference']}"
                 raise
             finally:
                 running.dec()
@@ -111,7 +113,7 @@ class Calls:
                 self.on_ended(call, reason, seconds)
                 call.ended(reason)
                 level = logging.DEBUG if reason == OK and method not in STARTS_TRACE else logging.INFO
-                log.log(level, "%s ended after %.3f s: %s%s", method, seconds, reason, call.note)
+                log.log(level, "%s ended after %.3f s: %s%s%s", method, seconds, reason, call.note, reference)
 
     def denied(self, method: str) -> None:
         """Count a call that was refused for want of a token; no method ever saw it."""

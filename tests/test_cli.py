@@ -174,7 +174,7 @@ def test_wrong_usage(executor, arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "generate", "chat", "models", "inspect", "bench", "perplexity", "evaluate"]
+    "command", ["", "serve", "generate", "chat", "models", "top", "inspect", "bench", "perplexity", "evaluate"]
 )
 def test_help_teaches(command):
     code, out, _ = run(None, *command.split(), "--help")

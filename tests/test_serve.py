@@ -275,6 +275,20 @@ def test_a_port_in_use_is_reported(served):
     assert err.splitlines()[-1].startswith("mxgpt: the executor ended with exit code")
 
 
+def test_with_json_logs_every_line_is_an_object(demo_gpt2):
+    served = Served("--model", str(demo_gpt2), "--log-format", "json", "--metrics-port", "0")
+    with Client(served.address) as client:
+        client.complete("one two", max_tokens=3, request_id="mine")
+    code, err = served.stop()
+    assert code == 0
+    records = [json.loads(line) for line in err.splitlines()]
+    assert {record["service"] for record in records} >= {"loader", "tokenizer", "executor", "serve"}
+    assert [r["service"] for r in records if r.get("request_id") == "mine" and "Generate ended" in r["message"]] == [
+        "executor"
+    ]
+    assert sum("metrics on 127.0.0.1:" in record["message"] for record in records) == 3
+
+
 def test_a_child_that_can_not_stay_up_ends_the_whole(demo_gpt2, monkeypatch):
     monkeypatch.setattr("mxgpt.serve.MAX_RESTARTS", 1)
     monkeypatch.setattr("mxgpt.serve.RESTART_DELAY", 0.0)

@@ -20,8 +20,8 @@ FIRST_TOKEN = "gen_ai_server_time_to_first_token_seconds"
 PER_TOKEN = "gen_ai_server_time_per_output_token_seconds"
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _FAINT = "grey50"
-_CYAN = ("dark_cyan", "cyan", "bright_cyan")  # of a chart's lines, from the lowest up
-_GREEN = ("dark_green", "green", "bright_green")
+_CYAN = ("#0e7490", "#06b6d4", "#67e8f9")  # of a chart's lines, from the lowest up
+_GREEN = ("#15803d", "#22c55e", "#86efac")
 _NUM_FIXED_LINES = 7  # header, two borders, three lines of facts, outcomes
 _MAX_CHART_LINES = 8
 _NAME_WIDTH = 17
@@ -106,14 +106,14 @@ def _totals(history: History, executors: Sequence[Watched], chart_height: int) -
     between = [history.quantile(PER_TOKEN, share, there) for share in (0.5, 0.99)]
     written = _panel(
         _headline(
-            (f"{rate:,.0f}", "bold bright_cyan"), " tokens/s written", f"  peak {max(history.rates, default=0):,.0f}"
+            (f"{rate:,.0f}", "bold #67e8f9"), " tokens/s written", f"  peak {max(history.rates, default=0):,.0f}"
         ),
         Chart(history.rates, chart_height),
-        _facts(("read", f"{computed:,.0f}/s"), ("from cache", f"{cached:,.0f}/s"), ("steps", f"{steps:,.0f}/s")),
+        _facts(("prompts", f"{computed + cached:,.0f} tokens/s"), ("steps", f"{steps:,.0f}/s")),
         _facts(("prefix hits", _share(cached, cached + computed)), ("preempted", f"{preempted:,.0f}")),
     )
     streams = _panel(
-        _headline((f"{running:,.0f}", "bold bright_green"), " sequences run", (f"  {waiting:,.0f}", "bold"), " wait"),
+        _headline((f"{running:,.0f}", "bold #86efac"), " sequences run", (f"  {waiting:,.0f}", "bold"), " wait"),
         Chart(history.running, chart_height, _GREEN),
         _facts(("first token p50", _seconds(first[0])), ("p99", _seconds(first[1]))),
         _facts(("per token   p50", _seconds(between[0])), ("p99", _seconds(between[1]))),
@@ -162,7 +162,7 @@ def _executors(history: History, executors: Sequence[Watched], width: int) -> Re
             Text(_cut(name), "yellow" if draining else ""),
             f"{now.total('mxgpt_executor_sequences', state='running'):,.0f}",
             f"{now.total('mxgpt_executor_sequences', state='waiting'):,.0f}",
-            Text(f"{each.rate('mxgpt_executor_output_tokens_total'):,.0f}", "cyan"),
+            Text(f"{each.rate('mxgpt_executor_output_tokens_total'):,.0f}", _CYAN[1]),
             Chart(each.rates),
             _seconds(history.quantile(FIRST_TOKEN, 0.5, [each])),
             _blocks(each),
@@ -205,7 +205,7 @@ def _tokenizers(history: History, tokenizers: Sequence[Watched], width: int) -> 
             name,
             f"{each.now.total('mxgpt_tokenizer_sequences'):,.0f}",
             f"{each.now.total('mxgpt_tokenizer_streams'):,.0f}",
-            Text(f"{each.rate('mxgpt_tokenizer_decoded_tokens_total'):,.0f}", "cyan"),
+            Text(f"{each.rate('mxgpt_tokenizer_decoded_tokens_total'):,.0f}", _CYAN[1]),
             Chart(each.rates),
             f"{each.rate('mxgpt_tokenizer_calls_total'):,.1f}",
             _seconds(history.quantile("mxgpt_tokenizer_call_duration_seconds", 0.99, [each])),
