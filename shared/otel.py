@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +22,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExport
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from shared.tracing import Attributes, Metadata, Span
+
+CLOSE_SECONDS = 2.0  # what the last spans get to be sent
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -91,7 +94,10 @@ class OTelTracing:
             yield span
 
     def close(self) -> None:
-        self._provider.shutdown()
+        # A receiver that is away would be tried for ten seconds, longer than a service has to stop.
+        closing = Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
 
     @contextlib.contextmanager
     def _span(self, name: str, kind: trace.SpanKind, context: otel_context.Context) -> Iterator[Span]:

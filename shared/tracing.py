@@ -49,7 +49,7 @@ class Tracing(Protocol):
         """The span of a call being made, below `parent` or, without one, in a trace of its own."""
 
     def close(self) -> None:
-        """Send what has not been sent; may block for seconds."""
+        """Send what has not been sent; may block for two seconds."""
 
 
 class NoSpan:

@@ -6,13 +6,16 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -181,6 +184,45 @@ def test_the_asynchronous_client_traces_too(traced: Traced) -> None:
         trace_id_of(traced.last_client_span()), lambda spans: GENERATE in {s["name"] for s in spans}
     )
     assert named(spans, GENERATE)["parent_id"] == named(spans, "text_completion")["context"]["span_id"]
+
+
+class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP receiver that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.names: set[tuple[str, str]] = set()  # (service, span)
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for resource in request.resource_spans:
+            (service,) = (
+                each.value.string_value for each in resource.resource.attributes if each.key == "service.name"
+            )
+            self.names |= {(service, span.name) for scope in resource.scope_spans for span in scope.spans}
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+def test_spans_arrive_over_otlp_when_services_stop_at_the_latest(demo_gpt2: Path) -> None:
+    receiver = Receiver()
+    server = grpc.server(ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with running(demo_gpt2, options=["--traces", f"http://127.0.0.1:{port}"]) as stack, Client(stack.address) as client:
+        client.complete("one two", max_tokens=2)
+    server.stop(None)
+    assert {("mxgpt-executor", GENERATE), ("mxgpt-executor", "mxgpt.v1.TokenizerService/Tokenize")} <= receiver.names
+    assert {("mxgpt-tokenizer", "mxgpt.v1.TokenizerService/Tokenize")} <= receiver.names
+    assert {("mxgpt-loader", "mxgpt.v1.LoaderService/Attach")} <= receiver.names
+
+
+def test_a_receiver_that_is_away_keeps_nobody_from_stopping(demo_gpt2: Path) -> None:
+    with running(demo_gpt2, options=["--traces", "http://127.0.0.1:1"]) as stack:
+        with Client(stack.address) as client:
+            client.complete("one two", max_tokens=2)
+        for service in (stack.executor, stack.tokenizer, stack.loader):
+            start = time.monotonic()
+            assert service.stop() == 0
+            assert time.monotonic() - start < 5
 
 
 def test_nobody_pays_who_does_not_trace() -> None:
