@@ -20,6 +20,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mxgpt.cli.main import run
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from services.loader.leases import Leases
 from services.loader.loading import LoadOptions, Source
@@ -230,6 +231,29 @@ def test_metrics_are_for_this_machine_unless_allowed() -> None:
         TelemetryConfig(metrics="0.0.0.0:9460").require_allowed(loopback)
     with pytest.raises(ValueError, match="HOST:PORT"):
         TelemetryConfig(metrics="localhost")
+
+
+def test_metrics_are_behind_the_services_own_tls(demo_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tls = ROOT / "tests/tls"
+    files = [
+        "--tls-certificate",
+        tls / "server.pem",
+        "--tls-key",
+        tls / "server.key",
+        "--tls-client-ca",
+        tls / "ca.pem",
+    ]
+    options = ["--model", str(demo_gpt2), "--metrics", "127.0.0.1:0", *map(str, files)]
+    tokenizer = Service("tokenizer", *options)
+    try:
+        address = f"localhost:{tokenizer.metrics.rpartition(':')[2]}"
+        shown = ["--tls-root", tls / "ca.pem", "--tls-certificate", tls / "client.pem", "--tls-key", tls / "client.key"]
+        assert run(["top", address]) == 3
+        assert run(["top", address, *map(str, shown[:2])]) == 3
+        assert run(["top", address, "--interval", "0.1", *map(str, shown)]) == 0
+        assert "TOKENIZER" in capsys.readouterr().out
+    finally:
+        tokenizer.stop()
 
 
 def test_an_address_in_use_is_one_line(watched: Stack) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 
 from mxgpt.cli.failures import OK, UNAVAILABLE
-from mxgpt.cli.terminal import has_colours, is_terminal
+from mxgpt.cli.terminal import has_colours, is_terminal, printable
 from mxgpt.serve import METRICS_PORT
 from mxgpt.top.history import History
 from mxgpt.top.view import render
@@ -63,17 +63,23 @@ def top(
     history = History(addresses or defaults, _tls(tls_root, tls_certificate, tls_key))
     with contextlib.closing(history):
         history.update()
+        if not any(each.service for each in history.watched):
+            _say_nobody(history)
+            context.exit(UNAVAILABLE)
         if not addresses:
             history.forget_absent()
-        if not any(each.service for each in history.watched):
-            where = ", ".join(addresses) or f"{defaults[0]} and the next {_NUM_DEFAULT_PORTS - 1} ports"
-            print(f"mxgpt: no service's metrics on {where}. Start `mxgpt serve`, or give addresses.", file=sys.stderr)
-            context.exit(UNAVAILABLE)
         if once or not is_terminal(sys.stdout):
             _print_once(history, interval)
         else:
             _watch(history, interval)
     context.exit(OK)
+
+
+def _say_nobody(history: History) -> None:
+    first = history.watched[0]
+    others = f" (nor the other {len(history.watched) - 1} addresses)" if len(history.watched) > 1 else ""
+    why = printable(f"no service's metrics on {first.address}: {first.error}{others}")
+    print(f"mxgpt: {why}. Start `mxgpt serve`, or give addresses.", file=sys.stderr)
 
 
 def _print_once(history: History, interval: float) -> None:

@@ -21,7 +21,12 @@ class Watched:
     address: str
     scrapes: deque[Scrape] = field(default_factory=lambda: deque(maxlen=WINDOW))
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RATES))  # tokens or calls a second
-    is_there: bool = False  # it answered the last time
+    error: str = "not asked yet"  # why the last scrape brought nothing; empty if it brought something
+
+    @property
+    def is_there(self) -> bool:
+        """It answered the last time."""
+        return not self.error
 
     @property
     def now(self) -> Scrape:
@@ -32,12 +37,13 @@ class Watched:
         """ "loader", "tokenizer" or "executor"; empty where it has never answered."""
         return self.now.label("mxgpt_info", "service") if self.scrapes else ""
 
-    def add(self, found: Scrape | None) -> None:
-        """Take the newest scrape in."""
-        self.is_there = found is not None
-        if found is None:
+    def add(self, found: Scrape | str) -> None:
+        """Take the newest scrape in, or why there is none."""
+        if isinstance(found, str):
+            self.error = found
             self.rates.append(0.0)
             return
+        self.error = ""
         if self.scrapes and found.total("process_start_time_seconds") != self.now.total("process_start_time_seconds"):
             self.scrapes.clear()  # started again, its counters from 0
         self.scrapes.append(found)
@@ -83,7 +89,7 @@ class History:
 
     def update(self) -> None:
         """Ask every service, all at once."""
-        found = self._pool.map(lambda watched: scrape(watched.address, self._tls), self.watched)
+        found = self._pool.map(lambda watched: _scrape(watched.address, self._tls), self.watched)
         for watched, scraped in zip(self.watched, found, strict=True):
             watched.add(scraped)
         executors = self.of("executor")
@@ -113,3 +119,10 @@ class History:
     def close(self) -> None:
         """Stop asking."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _scrape(address: str, tls: ssl.SSLContext | None) -> Scrape | str:
+    try:
+        return scrape(address, tls)
+    except (OSError, ValueError) as error:
+        return str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import ssl
 import time
@@ -44,19 +45,25 @@ class Scrape:
         return {_bound(text): count for text, count in self.by_label(f"{name}_bucket", "le").items()}
 
 
-def scrape(address: str, tls: ssl.SSLContext | None = None) -> Scrape | None:
-    """The metrics served on "host:port", over HTTPS where there is a `tls`; None where nobody answers with any."""
-    scheme = "http" if tls is None else "https"
+def scrape(address: str, tls: ssl.SSLContext | None = None) -> Scrape:
+    """The metrics served on "host:port", over HTTPS where there is a `tls`.
+
+    Raises:
+        OSError: where nobody answers, or not in time.
+        ValueError: where the answer is no metrics.
+    """
+    url = f"{'http' if tls is None else 'https'}://{address}/metrics"
     try:
-        url = f"{scheme}://{address}/metrics"
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS, context=tls) as answer:
             text = answer.read().decode()
-        samples: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                samples[sample.name].append((sample.labels, sample.value))
-    except (OSError, ValueError):
-        return None
+    except urllib.error.URLError as error:  # which is an OSError, but keeps what happened to itself
+        raise error.reason if isinstance(error.reason, OSError) else error from None
+    except http.client.HTTPException as error:
+        raise ValueError(f"no HTTP is spoken there: {error!r}") from error
+    samples: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples[sample.name].append((sample.labels, sample.value))
     return Scrape(time.monotonic(), dict(samples))
 
 

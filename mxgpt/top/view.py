@@ -64,9 +64,10 @@ def render(history: History, width: int, height: int, clock: float | None = None
         tables.append(_tokenizers(history, tokenizers, width))
     if loaders:
         tables.append(_loaders(loaders, width))
-    absent = [each.address for each in history.watched if not each.scrapes]
-    if absent:
-        tables.append(Text(f" no answer from {', '.join(absent)}", "red"))
+    for each in history.watched:
+        if not each.scrapes:
+            why = printable(f" no metrics from {each.address}: {each.error}")
+            tables.append(Text(why, "red", no_wrap=True, overflow="ellipsis"))
     num_lines = sum(table.row_count + 1 if isinstance(table, Table) else 1 for table in tables)
     left = height - num_lines - _NUM_FIXED_LINES
     is_roomy = left >= len(tables) + 1
