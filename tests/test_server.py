@@ -12,16 +12,14 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
-from shared.calls import Calls
 from shared.channel import open_channel, target_uri
 from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason, ServiceError, Status, invalid_field
 from shared.rpc_errors import DETAILS_KEY, from_rpc_error, status_code
 from shared.server import OVERALL, Server, servicer_method
-from shared.tracing import NoTracing
+from tests.calls import uncounted_calls
 
 SERVICE = "mxgpt.v1.ExecutorService"
 
@@ -30,7 +28,7 @@ class Servicer(executor_pb2_grpc.ExecutorServiceServicer):
     """Answers by what the request id says."""
 
     def __init__(self) -> None:
-        self.calls = Calls("executor", SERVICE, CollectorRegistry(), NoTracing())
+        self.calls = uncounted_calls()
         self.closed = asyncio.Event()
 
     @servicer_method
