@@ -177,6 +177,7 @@ def test_a_loader_tells_loads_leases_and_bytes(watched: Stack) -> None:
     assert value(watched.loader, "mxgpt_loader_leases", model=model.name) == 1
     assert value(watched.loader, "mxgpt_loader_load_duration_seconds_count", outcome="OK") == 1
     assert value(watched.loader, "mxgpt_loader_free_bytes", device="cpu") > 0
+    assert value(watched.loader, "mxgpt_loader_used_bytes", device="cpu") == status.used_bytes
     assert value(watched.loader, "mxgpt_loader_calls_running", method="Attach") == 1
     weights = value(watched.executor, "mxgpt_executor_memory_bytes", kind="weights", device="cpu")
     assert weights >= status.resident_bytes

@@ -66,7 +66,7 @@ def test_a_live_stack_is_drawn_with_its_own_figures(watched: Stack) -> None:
     assert re.search(r"requests ended lately: 3 OK", text)
     assert float(re.search(r"([\d,]+) tokens/s written", text)[1].replace(",", "")) > 0  # type: ignore[index]
     assert re.search(r"first token p50 [\d.]+ m?s  p99 [\d.]+ m?s", text)
-    assert re.search(r"demo-gpt-oss +1 +31 MiB +[\d.]+ GiB +cpu", text)
+    assert re.search(r"demo-gpt-oss +1 +31 MiB +– +[\d.]+ GiB +cpu", text)
     assert "no metrics from 127.0.0.1:1: " in text
     assert "█" in text
 

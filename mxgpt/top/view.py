@@ -220,6 +220,7 @@ def _loaders(loaders: Sequence[Watched], width: int) -> RenderableType:
     table.add_column("MODEL", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("LEASES", justify="right")
     table.add_column("WEIGHTS", justify="right")
+    table.add_column("USED", justify="right")
     table.add_column("FREE", justify="right")
     table.add_column("DEVICE", justify="right")
     for each in loaders:
@@ -228,21 +229,22 @@ def _loaders(loaders: Sequence[Watched], width: int) -> RenderableType:
             table.add_row(name, Text("gone", "red"))
             continue
         device = each.now.label("mxgpt_loader_free_bytes", "device")
+        used = _bytes(each.now.total("mxgpt_loader_used_bytes") or None)
         free = _bytes(each.now.total("mxgpt_loader_free_bytes"))
         resident = each.now.by_label("mxgpt_loader_resident_bytes", "model")
         loading = each.now.by_label("mxgpt_loader_load_total_bytes", "model")
         for model, num_bytes in resident.items():
             leases = each.now.total("mxgpt_loader_leases", model=model)
-            table.add_row(name, Text(printable(model)), f"{leases:.0f}", _bytes(num_bytes), free, device)
-            name = free = device = ""
+            table.add_row(name, Text(printable(model)), f"{leases:.0f}", _bytes(num_bytes), used, free, device)
+            name = used = free = device = ""
         for model, total in loading.items():
             done = each.now.total("mxgpt_loader_load_done_bytes", model=model) / total if total else 0.0
             table.add_row(
                 name, Text(printable(model)), Text(f"{done:.0%} loaded", "yellow"), _bytes(total), free, device
             )
-            name = free = device = ""
+            name = used = free = device = ""
         if not resident and not loading:
-            table.add_row(name, Text("none", _FAINT), "", "", free, device)
+            table.add_row(name, Text("none", _FAINT), "", "", used, free, device)
     return table
 
 
@@ -280,7 +282,9 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else "–"
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "–"
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
             return f"{value:.0f} {unit}"
