@@ -42,9 +42,7 @@ def loader_metrics(store: ModelStore, loads: Loads, leases: Leases) -> Iterable[
         manifest = model.manifest
         resident.add_metric([manifest.model, manifest.digest, manifest.layout, memory.device], model.resident_bytes)
         held.add_metric([manifest.model], len(leases.holders(model)))
-    used = GaugeMetricFamily(
-        "mxgpt_loader_used_bytes", "Bytes in use there, by whomever; 0 on the CPU.", labels=["device"]
-    )
+    used = GaugeMetricFamily("mxgpt_loader_used_bytes", "Bytes in use there by anybody; 0: the CPU.", labels=["device"])
     used.add_metric([memory.device], memory.used_bytes())
     free = GaugeMetricFamily("mxgpt_loader_free_bytes", "Bytes free on the device of the weights.", labels=["device"])
     free.add_metric([memory.device], memory.free_bytes())
