@@ -42,7 +42,7 @@ class Chart:
         eighths = [max(1, round(value / highest * 8 * self._height)) if value > 0 else 0 for value in shown]
         for line in reversed(range(self._height)):
             marks = "".join(_EIGHTHS[min(8, max(0, eighth - 8 * line))] for eighth in eighths)
-            colour = self._colours[line * len(self._colours) // self._height]
+            colour = self._colours[(2 * line + 1) * len(self._colours) // (2 * self._height)]
             yield Segment(marks.rjust(options.max_width), Style.parse(colour))
             yield Segment.line()
 
