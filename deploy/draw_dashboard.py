@@ -25,8 +25,8 @@ DASHBOARD = ROOT / "deploy/grafana/mxgpt.json"
 COLUMN, LINE, GAP = 58, 26, 8  # pixels: of the dashboard's grid of 24 columns, and between panels
 HEAD, FOOT = 46, 34
 COLOURS = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#96d98d")
-NUM_POINTS = 240
-MAX_LEGEND_CHARACTERS = 70
+NUM_POINTS = 160
+MAX_LEGEND_CHARACTERS = 62
 
 
 @dataclass(frozen=True)
