@@ -264,6 +264,7 @@ def test_an_address_in_use_is_one_line(watched: Stack) -> None:
     assert "Traceback" not in second.text
 
 
+ALERTS = (ROOT / "deploy/alerts.yml").read_text()
 METRIC_NAME = re.compile(r"\b(?:mxgpt|gen_ai|process)_\w+")
 
 
@@ -272,12 +273,13 @@ def dashboard_queries() -> list[str]:
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
-def test_the_dashboard_asks_for_what_is_served(watched: Stack, stub: Any) -> None:
+def test_dashboard_and_alerts_ask_for_what_is_served(watched: Stack, stub: Any) -> None:
     collect(stub.Generate(chat("What is 12 + 30?", sampling=greedy())))
     served = {name for service in (watched.executor, watched.tokenizer, watched.loader) for name, _ in scrape(service)}
     served |= {"mxgpt_loader_load_done_bytes", "mxgpt_loader_load_total_bytes"}  # while a load is under way
-    queries = dashboard_queries()
-    assert len(queries) > 20
+    queries = [*dashboard_queries(), *re.findall(r"expr:(.*?)\n +(?:for|annotations):", ALERTS, re.DOTALL)]
+    assert len(queries) > 40
+    assert sum("mxgpt_executor_leased" in query for query in queries) == 1  # alerts are among them
     asked = {name for query in queries for name in METRIC_NAME.findall(query)}
     assert asked <= served
     groupings = {

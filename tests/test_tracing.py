@@ -233,6 +233,17 @@ def test_nobody_pays_who_does_not_trace() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_without_the_extra_it_is_named() -> None:
+    code = (
+        "import sys; sys.modules['opentelemetry'] = None\n"
+        "from shared.telemetry import TelemetryConfig\n"
+        "try: TelemetryConfig(traces='http://localhost:4317')\n"
+        "except ValueError as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "pip install 'mxgpt[otel]'" in said
+
+
 def test_a_target_that_is_none_is_refused() -> None:
     for target in ("localhost:4317", "file:", "ftp://x"):
         with pytest.raises(ValueError, match="--traces"):
