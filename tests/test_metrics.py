@@ -351,3 +351,11 @@ def test_a_real_prometheus_understands_every_query(watched: Stack, stub: Any, tm
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed: alerts are not tried on series"
+)
+def test_alerts_fire_when_they_should() -> None:
+    subprocess.run(["promtool", "test", "rules", str(ROOT / "tests/alerts.yml")], check=True)
+    subprocess.run(["promtool", "check", "config", str(ROOT / "deploy/prometheus.yml")], check=True)
