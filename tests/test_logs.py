@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +13,20 @@ from typing import Any
 import grpc
 import pytest
 
-from mxgpt.v1 import executor_pb2_grpc
-from tests.calls import chat, collect, error_of, greedy
+from mxgpt.v1 import executor_pb2, executor_pb2_grpc
+from shared.channel import open_channel
+from shared.config import ServerConfig
+from shared.errors import Reason, ServiceError
+from shared.logs import add_log_fields, log_fields
+from shared.server import Server, servicer_method
+from tests.calls import chat, collect, error_of, greedy, uncounted_calls
 from tests.stack import Service, running
 from tests.test_generate import wait_until
 
 
 def records(service: Service) -> list[dict[str, Any]]:
     """The service's JSON lines; nothing else is on its stderr."""
-    lines = [
-        line for line in service.log if not line.startswith((f"{service.name} listening", f"{service.name} metrics"))
-    ]
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in service.log if not line.startswith(f"{service.name} listening")]
 
 
 def test_lines_of_a_request_name_it_in_every_service(demo_gpt_oss: Path) -> None:
@@ -81,3 +85,46 @@ def test_exceptions_stay_within_their_json_line(capfd: pytest.CaptureFixture[str
     record = json.loads(line)
     assert (record["level"], record["service"], record["message"]) == ("ERROR", "loader", "went wrong")
     assert "ZeroDivisionError" in record["exception"]
+
+
+class Broken(executor_pb2_grpc.ExecutorServiceServicer):
+    """Answers as an executor whose engine failed, or that has a defect of its own."""
+
+    def __init__(self) -> None:
+        self.calls = uncounted_calls()
+
+    @servicer_method
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        add_log_fields(request_id=request.request_id)
+        if request.request_id == "engine":
+            raise ServiceError(Reason.INTERNAL, "the model failed", metadata={"reference": "f00"})
+        raise KeyError("a defect")
+
+
+def test_a_failed_requests_lines_name_it_and_the_engines_reference(caplog: pytest.LogCaptureFixture) -> None:
+    named: list[tuple[str, str | None]] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            named.append((record.getMessage(), log_fields().get("request_id")))
+
+    async def ask() -> None:
+        server = Server(ServerConfig("127.0.0.1:0"), ["mxgpt.v1.ExecutorService"])
+        executor_pb2_grpc.add_ExecutorServiceServicer_to_server(Broken(), server.grpc)
+        async with open_channel(await server.start()) as channel:
+            stub: Any = executor_pb2_grpc.ExecutorServiceStub(channel)
+            for request_id in ("engine", "defect"):
+                with pytest.raises(grpc.RpcError):
+                    await stub.Cancel(executor_pb2.CancelRequest(request_id=request_id))
+        await server.stop()
+
+    handler = Handler()
+    logging.getLogger().addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO):
+            asyncio.run(ask())
+    finally:
+        logging.getLogger().removeHandler(handler)
+    (of_engine,) = [message for message, request_id in named if request_id == "engine"]
+    assert of_engine.endswith("INTERNAL, reference f00")
+    assert [request_id for message, request_id in named if "Broken.Cancel failed, reference" in message] == ["defect"]
