@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GOLDENS := .venv-goldens
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types imports buf format protos goldens bench models clean
+.PHONY: help install demo test test-all lint types imports buf format protos goldens bench quality models clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ test-gpu: $(VENV)/.installed-cuda  ## The tests that need an NVIDIA GPU
 bench-gpu: $(VENV)/.installed-cuda  ## Measure kernels, steps and loading on a GPU, with gpt-oss-20b's shape
 	$(BIN)/python -m benchmarks.bench_cuda
 	$(BIN)/python -m benchmarks.bench_load_cuda
+
+quality: $(VENV)/.installed-dev  ## Measure what each type costs the demo models, as docs/mxfp4.md shows
+	$(BIN)/python -m benchmarks.quality --picture docs/mxfp4.svg
 
 goldens:  ## Make the golden logits again with Hugging Face transformers, in an environment of its own
 	$(PYTHON) -m venv $(GOLDENS)

@@ -123,7 +123,7 @@ async def _measure_model(path: Path, num_threads: int, repetitions: int, has_pee
     engine = Worker("benchmarks.cpu_engine", str(path))
     llama = Worker("benchmarks.cpu_llama", str(path), str(num_threads)) if has_peer else None
     config = ServeConfig(path, drain_seconds=1.0, executor_options=("--threads", str(num_threads)))
-    async with Supervisor(config) as supervisor, AsyncClient(supervisor.address) as client:
+    async with Supervisor(config) as supervisor, AsyncClient(**supervisor.connection) as client:
         workers = [engine, llama] if llama else [engine]
         for worker in workers:
             await worker.start(num_threads)

@@ -29,7 +29,7 @@ async def demo() -> None:
     print(f"starting loader, tokenizer and executor over {model.name} ...", flush=True)
     async with serving(model) as server:
         print(f"ready on {server.address} after {time.perf_counter() - start:.1f} s", flush=True)
-        async with AsyncClient(server.address) as client:
+        async with AsyncClient(**server.connection) as client:
             for prompt in PROMPTS:
                 result = await _answer(client, prompt)
                 print(dim(f"  {describe_speed(result)}", sys.stdout), flush=True)

@@ -44,6 +44,7 @@ class Answer:
     task: Task
     text: str
     is_correct: bool
+    token_ids: tuple[int, ...]  # of all it said, its reasoning and special tokens included
 
 
 def demo_tasks(seed: int, num_tasks: int, architecture: str) -> TaskSet:
@@ -64,10 +65,12 @@ async def answer_tasks(
     client: AsyncClient,
     task_set: TaskSet,
     on_progress: Callable[[int], None] = lambda _done: None,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Answer]:
     """Ask every task as a conversation of one message; the answers come in the tasks' order.
 
     Args:
+        max_tokens: of an answer, its reasoning included.
         on_progress: called with the number of tasks answered.
     """
     at_once = asyncio.Semaphore(NUM_AT_ONCE)
@@ -77,10 +80,10 @@ async def answer_tasks(
         nonlocal num_done
         async with at_once:
             messages = [{"role": "user", "content": task.prompt}]
-            result: Result = await client.chat(messages, temperature=0, max_tokens=MAX_TOKENS)
+            result: Result = await client.chat(messages, temperature=0, max_tokens=max_tokens)
         num_done += 1
         on_progress(num_done)
-        return Answer(task, result.content, task_set.is_correct(task, result.content))
+        return Answer(task, result.content, task_set.is_correct(task, result.content), result.outputs[0].token_ids)
 
     return await run_all(answer(task) for task in task_set.tasks)
 

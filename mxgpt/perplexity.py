@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mxgpt.aio import AsyncClient
+from mxgpt.connection import Connection
+from mxgpt.results import TokenLogprobs
 from mxgpt.tasks import run_all
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
-from shared.channel import open_channel
-from shared.config import ClientConfig
 
-NUM_AT_ONCE = 4  # windows under way
+NUM_AT_ONCE = 4  # passages under way
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Window:
 
     start: int
     end: int
+    first_scored: int
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens to read in one go, of which those from first_scored on, at least 1, count."""
+
+    token_ids: Sequence[int]
     first_scored: int
 
 
@@ -83,32 +91,66 @@ async def measure(
         window: tokens of a window, one less than the server's context at most: a token is drawn after each.
         on_progress: called with the number of windows done and of all.
     """
-    todo = windows(len(token_ids), window, stride)
+    passages = window_passages(token_ids, window, stride)
+    entries = await score(client, passages, on_progress=on_progress)
+    return from_logprobs([entry.logprob for entry in entries], len(token_ids), window, stride)
+
+
+def window_passages(token_ids: Sequence[int], window: int, stride: int) -> list[Passage]:
+    """A text of at least two tokens as the passages that its windows are."""
+    parts = windows(len(token_ids), window, stride)
+    return [Passage(token_ids[part.start : part.end], part.first_scored - part.start) for part in parts]
+
+
+async def score(
+    client: AsyncClient,
+    passages: Sequence[Passage],
+    num_top: int = 0,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[TokenLogprobs]:
+    """The log-probabilities of every token that counts, in order.
+
+    Args:
+        num_top: how many of the likeliest tokens to name beside each.
+        on_progress: called with the number of passages done and of all.
+    """
     at_once = asyncio.Semaphore(NUM_AT_ONCE)
     num_done = 0
 
-    async def score(part: Window) -> list[float]:
+    async def score_one(passage: Passage) -> Sequence[TokenLogprobs]:
         nonlocal num_done
         async with at_once:
-            ids = token_ids[part.start : part.end]
-            result = await client.complete(ids, prompt_logprobs=0, max_tokens=1, temperature=0, content="token_ids")
+            result = await client.complete(
+                passage.token_ids, prompt_logprobs=num_top, max_tokens=1, temperature=0, content="token_ids"
+            )
         num_done += 1
-        on_progress(num_done, len(todo))
-        # Entry i is of the window's token i + 1.
-        return [entry.logprob for entry in result.prompt_logprobs[part.first_scored - part.start - 1 :]]
+        on_progress(num_done, len(passages))
+        return result.prompt_logprobs[passage.first_scored - 1 :]  # entry i is of the passage's token i + 1
 
-    scored = await run_all(score(part) for part in todo)
-    logprobs = [logprob for part in scored for logprob in part]
-    return from_logprobs(logprobs, len(token_ids), window, stride)
+    scored = await run_all(score_one(passage) for passage in passages)
+    return [entry for part in scored for entry in part]
 
 
-async def tokenize(tokenizer: str, text: str, config: ClientConfig | None = None) -> list[int]:
-    """The ids of a text, with what the model wants around one (a BOS, for instance).
+async def tokenize(
+    tokenizer: Connection,
+    texts: Sequence[str],
+    *,
+    parse_special: bool = False,
+    add_special: bool = True,
+) -> list[list[int]]:
+    """The ids of each text.
+
+    Args:
+        parse_special: read special tokens in the texts as what they name.
+        add_special: add what the model wants around a text (a BOS, for instance).
 
     Raises:
         grpc.RpcError: when the tokenizer does not answer.
     """
-    async with open_channel(tokenizer, config) as channel:
+    async with tokenizer.open_async() as channel:
         stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-        response = await stub.Tokenize(tokenizer_pb2.TokenizeRequest(text=text, add_special=True), timeout=60.0)
-    return list(response.token_ids)
+        token_ids = []
+        for text in texts:
+            request = tokenizer_pb2.TokenizeRequest(text=text, parse_special=parse_special, add_special=add_special)
+            token_ids.append(list((await stub.Tokenize(request, timeout=60.0, metadata=tokenizer.metadata)).token_ids))
+    return token_ids

@@ -98,7 +98,7 @@ class Retries:
 
     def _is_passing(self, error: MxgptError) -> bool:
         """Whether another attempt, perhaps on another executor, may fare better."""
-        if error.is_unavailable or error.reason == Reason.QUEUE_FULL.name:
+        if error.is_unavailable or error.reason in (Reason.QUEUE_FULL.name, Reason.KEY_LIMIT_REACHED.name):
             return True
         # The attempt before may not have left its executor yet, when its connection broke.
         return error.reason == Reason.REQUEST_ID_IN_USE.name and self._num_failures > 1

@@ -1,5 +1,9 @@
 """All three services on this machine, as child processes under one supervisor.
 
+Only executors are there for others, and get the certificates. Loader and tokenizer listen on loopback. The keys given
+open all three, each as far as its role goes; the loader, given none, still opens to nobody but this process and the
+services that it starts, so that who may only generate can't have models loaded or unloaded.
+
 A child that ends after everything was ready is reported and started again: the services are made to find each other
 again, and weights in memory outlive their loader. One that ends before, or too often, ends the whole.
 """
@@ -8,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
+import secrets
 import tempfile
 import time
 from collections import deque
@@ -22,8 +28,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxgpt.child import Child
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
-from shared.channel import open_channel
-from shared.config import ClientConfig
+from shared.channel import Channel, open_channel
+from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
@@ -33,6 +39,8 @@ T = TypeVar("T")
 
 EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
 METRICS_PORT = 9460  # of the loader; tokenizer and executors have the next ones
+
+NO_DOOR: dict[str, Any] = {"token": None, "tls_root": None}  # for a client: neither MXGPT_TOKEN nor MXGPT_CA
 
 MAX_RESTARTS = 5  # of one child within RESTART_WINDOW seconds
 RESTART_WINDOW = 60.0
@@ -45,7 +53,7 @@ class ServeConfig:
     """What to serve and where; port 0 picks a free one.
 
     Raises:
-        ValueError: for no executor at all.
+        ValueError: for no executor at all, or what `ServerConfig` refuses.
     """
 
     model: Path
@@ -60,14 +68,26 @@ class ServeConfig:
     traces: str | None = None  # see shared.telemetry.TelemetryConfig
     log_level: str = "INFO"
     log_format: str = "text"
-    token_file: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_files: tuple[Path, ...] = ()
     allow_insecure: bool = False
+    log_content: bool = False
     executor_options: tuple[str, ...] = ()  # further options of `mxgpt executor`
     loader_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_executors < 1:
             raise ValueError("at least one executor is needed")
+        ServerConfig(
+            listen=f"{self.host}:{self.port}",
+            tls_certificate=self.tls_certificate,
+            tls_key=self.tls_key,
+            tls_client_ca=self.tls_client_ca,
+            token_files=self.token_files,
+            allow_insecure=self.allow_insecure,
+        )
 
 
 class ServeError(Exception):
@@ -78,7 +98,7 @@ class Supervisor:
     """The services from start to stop.
 
         async with Supervisor(ServeConfig(model), print_line) as server:
-            client = AsyncClient(server.address)
+            client = AsyncClient(**server.connection)
 
     Args:
         on_line: called with a label and a line, for each line of a child and each report of the supervisor.
@@ -94,7 +114,9 @@ class Supervisor:
         self.config = config
         self._on_line = on_line
         self._on_progress = on_progress
-        self._directory = tempfile.TemporaryDirectory(prefix="mxgpt-")
+        self._directory = tempfile.TemporaryDirectory(prefix="mxgpt-")  # for this user alone
+        self._token = secrets.token_hex(32)
+        self._own_keys = _make_keys(Path(self._directory.name), self._token)
         self._children: list[Child] = []  # in the order in which they are stopped
         self._watches: list[asyncio.Task[None]] = []
         self._ready = False
@@ -116,6 +138,11 @@ class Supervisor:
         """Where Generate is served: every executor, with commas between."""
         return ",".join(self._addresses)
 
+    @property
+    def connection(self) -> dict[str, Any]:
+        """Arguments of a client, for services that were given neither keys nor certificates."""
+        return {"target": self.address, **NO_DOOR}
+
     async def start(self) -> None:
         """Start everything; returns when requests can be served.
 
@@ -131,8 +158,8 @@ class Supervisor:
             await self._or_end(loading)
         finally:
             loading.cancel()
-        for address in self._addresses:
-            await self._or_end(self._until_healthy(address))
+        for number in range(self.config.num_executors):
+            await self._or_end(self._until_healthy(self._executor_socket(number)))
         self._ready = True
 
     async def ended(self) -> None:
@@ -176,31 +203,34 @@ class Supervisor:
         config = self.config
         socket = Path(self._directory.name) / "loader.sock"
         options = ["--socket", str(socket), "--model", os.path.abspath(config.model), "--device", config.device]
-        options += config.loader_options
+        options += [*_token_options(self._own_keys, *config.token_files), *config.loader_options]
         return await self._start_child("loader", "loader", f"127.0.0.1:{config.loader_port}", options)
 
     async def _start_others(self, loader_address: str) -> None:
         config = self.config
-        tokenizer = await self._start_child(
-            "tokenizer", "tokenizer", f"127.0.0.1:{config.tokenizer_port}", ["--loader", loader_address]
-        )
+        keys = _token_options(self._own_keys, *config.token_files) if config.token_files else []
+        common = ["--loader", loader_address, "--peer-token-file", str(self._own_keys), *keys]
+        tokenizer = await self._start_child("tokenizer", "tokenizer", f"127.0.0.1:{config.tokenizer_port}", common)
         self.tokenizer_address = await self._or_end(tokenizer.address())
-        options = ["--loader", loader_address, "--tokenizer", self.tokenizer_address, "--device", config.device]
-        options += ["--drain-seconds", str(config.drain_seconds), *config.executor_options]
-        if config.token_file is not None:
-            options += ["--token-file", str(config.token_file)]
-        if config.allow_insecure:
-            options += ["--allow-insecure"]
+        options = [*common, "--tokenizer", self.tokenizer_address, "--device", config.device]
+        options += ["--drain-seconds", str(config.drain_seconds), *_tls_options(config), *config.executor_options]
         executors = [
             await self._start_child(
                 "executor",
                 "executor" if config.num_executors == 1 else f"executor {number}",
                 f"{config.host}:{config.port if number == 0 else 0}",
-                options,
+                [*options, "--local-socket", str(self._executor_socket(number))],
             )
             for number in range(config.num_executors)
         ]
         self._addresses = [await self._or_end(executor.address()) for executor in executors]
+
+    def _executor_socket(self, number: int) -> Path:
+        """Where this process asks an executor for its health: it has no certificate to show elsewhere."""
+        return Path(self._directory.name) / f"executor-{number}.sock"
+
+    def _own_channel(self, address: str) -> Channel:
+        return open_channel(address, ClientConfig(token=self._token))
 
     async def _start_child(self, name: str, label: str, listen: str, options: list[str]) -> Child:
         every_option = [*options, *self._telemetry_options()]
@@ -214,6 +244,7 @@ class Supervisor:
         """Options of the next child; its metrics have the port after the last one's."""
         config = self.config
         options = ["--log-level", config.log_level, "--log-format", config.log_format]
+        options += ["--log-content"] if config.log_content else []
         if config.traces is not None:
             options += ["--traces", config.traces]
         if config.metrics_port is not None:
@@ -250,7 +281,7 @@ class Supervisor:
     async def _watch_load(self, loader_address: str) -> None:
         """Join the load that the loader began, for its progress and its errors."""
         request = loader_pb2.LoadModelRequest(path=os.path.abspath(self.config.model))
-        async with open_channel(loader_address) as channel:
+        async with self._own_channel(loader_address) as channel:
             stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
             while True:
                 try:
@@ -263,13 +294,12 @@ class Supervisor:
                         raise failure from None
                 await asyncio.sleep(0.05)
 
-    async def _until_healthy(self, address: str) -> None:
-        metadata = _token_metadata(self.config.token_file)
-        async with open_channel(_reachable(address), ClientConfig()) as channel:
+    async def _until_healthy(self, path: Path) -> None:
+        async with self._own_channel(f"unix:{path}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             while True:
                 with contextlib.suppress(grpc.RpcError):
-                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0, metadata=metadata)
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                 await asyncio.sleep(0.02)
@@ -315,14 +345,25 @@ def _check_model(path: Path) -> None:
     GPTConfig.from_gguf(gguf).check_tensors(gguf)
 
 
-def _reachable(address: str) -> str:
-    """An address to call for one to listen on: a wildcard stands for this machine."""
-    host, _, port = address.rpartition(":")
-    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address
+def _make_keys(directory: Path, token: str) -> Path:
+    """A key file for one run: a key that the services show one another, and the hash of this process's own `token`."""
+    path = directory / "keys"
+    path.touch(mode=0o600)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    path.write_text(f"services: {secrets.token_hex(32)} role=service\nserve: sha256:{digest} role=admin\n")
+    return path
 
 
-def _token_metadata(token_file: Path | None) -> tuple[tuple[str, str], ...]:
-    if token_file is None:
-        return ()
-    tokens = [line.strip() for line in token_file.read_text().splitlines() if line.strip() and line[0] != "#"]
-    return (("authorization", f"Bearer {tokens[0]}"),) if tokens else ()
+def _token_options(*paths: Path) -> list[str]:
+    return [text for path in paths for text in ("--token-file", os.path.abspath(path))]
+
+
+def _tls_options(config: ServeConfig) -> list[str]:
+    """What executors get of the certificates and of the flag to do without."""
+    files = {
+        "--tls-certificate": config.tls_certificate,
+        "--tls-key": config.tls_key,
+        "--tls-client-ca": config.tls_client_ca,
+    }
+    options = [text for name, path in files.items() if path is not None for text in (name, os.path.abspath(path))]
+    return [*options, "--allow-insecure"] if config.allow_insecure else options

@@ -115,9 +115,9 @@ class Calls:
                 level = logging.DEBUG if reason == OK and method not in STARTS_TRACE else logging.INFO
                 log.log(level, "%s ended after %.3f s: %s%s%s", method, seconds, reason, call.note, reference)
 
-    def denied(self, method: str) -> None:
-        """Count a call that was refused for want of a token; no method ever saw it."""
-        self._ended.labels(method.rpartition("/")[2], Reason.UNAUTHENTICATED.name).inc()
+    def denied(self, method: str, reason: Reason) -> None:
+        """Count a call of a method, by its full name, that was refused at the door: no servicer ever saw it."""
+        self._ended.labels(method.rpartition("/")[2], reason.name).inc()
 
     @contextlib.contextmanager
     def peer(self, service: str, method: str, *, starts_trace: bool = False) -> Iterator[PeerCall]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import grpc
 
+from shared.certificates import channel_credentials
 from shared.config import MAX_MESSAGE_BYTES, ClientConfig
+from shared.following_channel import FollowingChannel
+
+Channel: TypeAlias = grpc.aio.Channel | FollowingChannel  # what asynchronous stubs are made for
 
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
@@ -41,56 +45,75 @@ def target_uri(target: str) -> str:
     return f"dns:///{target}"
 
 
-def open_channel(
-    target: str, config: ClientConfig | None = None, options: Sequence[tuple[str, Any]] = ()
-) -> grpc.aio.Channel:
-    """An asynchronous channel to `target` (see `target_uri`), with the TLS and token of `config`."""
-    config = config or ClientConfig()
-    every_option = [*CHANNEL_OPTIONS, *options]
-    uri = target_uri(target)
-    if config.tls_root is not None:
-        return grpc.aio.secure_channel(uri, channel_credentials(config), options=every_option)
-    interceptors = [_BearerToken(config.token)] if config.token else []
-    return grpc.aio.insecure_channel(uri, options=every_option, interceptors=interceptors)
-
-
-def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials:
-    """TLS credentials of `config`, with its bearer token on every call.
+def open_channel(target: str, config: ClientConfig | None = None) -> Channel:
+    """An asynchronous channel to `target` (see `target_uri`), with the TLS and token of `config`; it follows the files.
 
     Raises:
-        OSError: when a file can't be read.
+        OSError, ValueError: when a file of `config` can't be read or holds what it should not.
     """
-    assert config.tls_root is not None
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=config.tls_root.read_bytes(),
-        private_key=config.tls_key.read_bytes() if config.tls_key else None,
-        certificate_chain=config.tls_certificate.read_bytes() if config.tls_certificate else None,
-    )
-    if config.token:
-        token = grpc.access_token_call_credentials(config.token)
-        return grpc.composite_channel_credentials(credentials, token)
-    return credentials
+    config = config or ClientConfig()
+    options = [*CHANNEL_OPTIONS, *name_options(config)]
+    uri = target_uri(target)
+    token = config.token_source()
+    if config.tls_root is None:
+        kinds = (_UnaryUnaryToken, _UnaryStreamToken, _StreamStreamToken)
+        interceptors = [kind(token) for kind in kinds] if token is not None else []
+        return grpc.aio.insecure_channel(uri, options=options, interceptors=interceptors)
+
+    def open_secure() -> grpc.aio.Channel:
+        credentials = channel_credentials(config)
+        if token is not None:
+            plugin = grpc.metadata_call_credentials(_TokenPlugin(token))
+            credentials = grpc.composite_channel_credentials(credentials, plugin)
+        return grpc.aio.secure_channel(uri, credentials, options=options)
+
+    return FollowingChannel(config.tls_files, open_secure)
 
 
-class _BearerToken(
-    grpc.aio.UnaryUnaryClientInterceptor,
-    grpc.aio.UnaryStreamClientInterceptor,
-    grpc.aio.StreamStreamClientInterceptor,
-):
-    """Adds the bearer token to each call of a plain-text channel, where call credentials are not allowed."""
+def name_options(config: ClientConfig) -> list[tuple[str, Any]]:
+    """The channel options that say which name a server's certificate must have."""
+    return [("grpc.ssl_target_name_override", config.tls_server_name)] if config.tls_server_name else []
 
-    def __init__(self, token: str) -> None:
-        self._entry = ("authorization", f"Bearer {token}")
 
-    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return await continuation(self._with_token(details), request)
+def token_entry(token: str) -> tuple[str, str]:
+    """The metadata that carries a bearer token."""
+    return ("authorization", f"Bearer {token}")
 
-    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return await continuation(self._with_token(details), request)
 
-    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
-        return await continuation(self._with_token(details), requests)
+class _TokenPlugin(grpc.AuthMetadataPlugin):
+    """Adds the bearer token to each call of a channel with TLS."""
 
-    def _with_token(self, details: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()), self._entry)
-        return details._replace(metadata=metadata)
+    def __init__(self, token: Callable[[], str]) -> None:
+        self._token = token
+
+    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        callback((token_entry(self._token()),), None)
+
+
+class _BearerToken:
+    """Adds the bearer token to each call of a plain-text channel, where call credentials are not allowed.
+
+    One class for each kind of call: grpc.aio takes an interceptor for the first kind that it finds it good for.
+    """
+
+    def __init__(self, token: Callable[[], str]) -> None:
+        self._token = token
+
+    async def _with_token(self, continuation: Any, details: Any, requests: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), token_entry(self._token()))
+        return await continuation(details._replace(metadata=metadata), requests)
+
+
+class _UnaryUnaryToken(_BearerToken, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._with_token(continuation, client_call_details, request)
+
+
+class _UnaryStreamToken(_BearerToken, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._with_token(continuation, client_call_details, request)
+
+
+class _StreamStreamToken(_BearerToken, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._with_token(continuation, client_call_details, request_iterator)

@@ -58,6 +58,7 @@ class Reason(enum.Enum):
     VRAM_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The GPU lacks the memory; the message has needed and free.")
     KV_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The request needs more KV blocks than there are.")
     QUEUE_FULL = (Status.RESOURCE_EXHAUSTED, "The waiting line is full; RetryInfo says when to try again.")
+    KEY_LIMIT_REACHED = (Status.RESOURCE_EXHAUSTED, "The key has all the calls running that it may; see RetryInfo.")
     # Life and death.
     LOADER_UNAVAILABLE = (Status.UNAVAILABLE, "The loader can't be reached.")
     TOKENIZER_UNAVAILABLE = (Status.UNAVAILABLE, "No tokenizer can be reached.")
@@ -67,7 +68,10 @@ class Reason(enum.Enum):
     CANCELLED = (Status.CANCELLED, "The request was cancelled.")
     DEADLINE = (Status.DEADLINE_EXCEEDED, "The deadline passed before the work was done.")
     CLIENT_STALLED = (Status.DEADLINE_EXCEEDED, "The client stopped reading its stream.")
+    # At the door.
     UNAUTHENTICATED = (Status.UNAUTHENTICATED, "The call carries no valid token.")
+    PERMISSION_DENIED = (Status.PERMISSION_DENIED, "The token is valid, but its role may not call this method.")
+    # Ours.
     INTERNAL = (Status.INTERNAL, "A defect of mxgpt; the log has the details under the reference given.")
 
     def __init__(self, status: Status, meaning: str) -> None:

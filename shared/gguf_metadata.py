@@ -152,6 +152,11 @@ class Metadata(Mapping[str, Value]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    def type_of(self, key: str) -> tuple[ValueType, ValueType | None]:
+        """A value's type, and its elements' where it is an array."""
+        entry = self._entries[key]
+        return entry.type, entry.element_type
+
     def get_int(
         self, key: str, default: int | None = None, *, minimum: int | None = None, maximum: int | None = None
     ) -> int:

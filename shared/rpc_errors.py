@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -12,6 +13,7 @@ from shared.errors import Reason, ServiceError, Status
 
 DOMAIN = "mxgpt"
 DETAILS_KEY = "grpc-status-details-bin"
+MAX_MESSAGE_BYTES = 1024  # of an error; it travels in trailers, twice and escaped, and clients take 8 KiB of those
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,24 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 def status_code(status: Status) -> grpc.StatusCode:
     """gRPC's own name for a status."""
     return _CODES[status.value]
+
+
+async def abort(context: grpc.aio.ServicerContext, error: ServiceError) -> NoReturn:
+    """End a call with an error; a message that quotes too much of what the caller sent is cut.
+
+    Raises:
+        grpc.aio.AbortError: always.
+    """
+    encoded = error.message.encode(errors="replace")
+    if len(encoded) > MAX_MESSAGE_BYTES:
+        cut = encoded[: MAX_MESSAGE_BYTES - 3].decode(errors="ignore") + "..."
+        error = ServiceError(
+            error.reason, cut, field=error.field, retry_after=error.retry_after, metadata=error.metadata
+        )
+    await context.abort(
+        status_code(error.status), error.message, trailing_metadata=((DETAILS_KEY, error_details(error)),)
+    )
+    raise AssertionError("abort raises")
 
 
 def error_details(error: ServiceError) -> bytes:
@@ -75,6 +95,18 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return ServiceError(Reason.UNAUTHENTICATED, message)
     return ServiceError(unreachable, f"{unreachable.meaning} ({code.name}: {message})")
+
+
+def from_peer_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
+    """As `from_rpc_error`, for a call that one service made of another on behalf of a caller.
+
+    A peer that turns the service away is `unreachable` to the caller, whose own key is not what was wrong.
+    """
+    found = from_rpc_error(error, unreachable)
+    if found.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED, Reason.KEY_LIMIT_REACHED):
+        why = f"{unreachable.meaning} (it turns this service away: {found.message})"
+        return ServiceError(unreachable, why, retry_after=found.retry_after)
+    return found
 
 
 def read_details(error: grpc.RpcError) -> ErrorDetails | None:

@@ -38,6 +38,7 @@ class TelemetryConfig:
     traces: str | None = None  # "http://host:port" of an OTLP gRPC receiver, or "file:/path"; None: off
     log_level: str = "INFO"
     log_format: str = "text"
+    log_content: bool = False  # prompts and answers in logs, too
 
     def __post_init__(self) -> None:
         if self.metrics is not None and not self.metrics.rpartition(":")[2].isdecimal():
@@ -60,6 +61,7 @@ class TelemetryConfig:
 def telemetry_options(command: F) -> F:
     """The click options of `TelemetryConfig`, taken out of the arguments again by `telemetry_config`."""
     for option in (
+        click.option("--log-content", is_flag=True, help="Prompts and answers in logs, too."),
         click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True),
         click.option("--log-level", default="INFO", show_default=True),
         click.option(
@@ -77,13 +79,13 @@ def telemetry_config(options: dict[str, Any], server: ServerConfig, service: str
     Raises:
         click.UsageError: when they don't fit together.
     """
-    given = {name: options.pop(name) for name in ("metrics", "traces", "log_level", "log_format")}
+    given = {name: options.pop(name) for name in ("metrics", "traces", "log_level", "log_format", "log_content")}
     try:
         config = TelemetryConfig(**given)
         config.require_allowed(server)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    set_up_logs(service, config.log_level, config.log_format)
+    set_up_logs(service, config.log_level, config.log_format, with_content=config.log_content)
     return config
 
 

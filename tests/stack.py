@@ -36,7 +36,8 @@ class Service:
         self._address: str | None = None
         self._metrics: str | None = None
         self._listening = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
     @property
     def address(self) -> str:
@@ -67,6 +68,10 @@ class Service:
                 assert self.process.poll() is None, f"{self.name} ended:\n{self.text}"
                 time.sleep(0.02)
         raise AssertionError(f"{self.name} is not healthy after {START_SECONDS} s:\n{self.text}")
+
+    def joined(self) -> None:
+        """Wait until all that a process wrote before it ended is in `text`."""
+        self._reading.join(5)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

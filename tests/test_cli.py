@@ -174,7 +174,11 @@ def test_wrong_usage(executor, arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "serve", "generate", "chat", "models", "top", "inspect", "bench", "perplexity", "evaluate"]
+    "command",
+    [
+        *("", "serve", "generate", "chat", "models", "top"),
+        *("inspect", "quantize", "compare", "bench", "perplexity", "evaluate"),
+    ],
 )
 def test_help_teaches(command):
     code, out, _ = run(None, *command.split(), "--help")

@@ -462,7 +462,7 @@ def small_step(token_ids, num_rows, num_logits=0):
     from services.executor.cuda.kv import CudaStep, Shape
 
     shape = Shape(num_rows, num_logits, 1, 1, 1, 16, 1)
-    return CudaStep(shape, token_ids, 0, 0, 0, {}, {}, 0)
+    return CudaStep(shape, token_ids, 0, 0, 0, 0, {}, {}, 0)
 
 
 def gelu(x):

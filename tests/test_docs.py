@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from shared.errors import Reason
 
@@ -20,3 +26,36 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if not target.startswith(("http:", "https:", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_commands_about_security_do_what_they_say(tmp_path: Path) -> None:
+    """All of them, in order, in one shell; ports are free ones, and what runs at the end is stopped."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/security.md").read_text(), re.MULTILINE | re.DOTALL)
+    script = "set -eu\ntrap 'kill $(jobs -p); wait' EXIT\n" + "echo ---\n".join(blocks)
+    script = script.replace("mxgpt serve", "mxgpt serve --port 50051 --loader-port 0 --tokenizer-port 0")
+    for port in ("50051", "50052", "50053"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            script = script.replace(port, str(free.getsockname()[1]))
+    for name in ("models", "shared", "services", "mxgpt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    for name, arguments in (("python", ""), ("mxgpt", "-m mxgpt")):
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, _, served, separate, renewed = done.stdout.split("---\n")
+    assert "923" in served
+    assert "demo-gpt-oss" in served
+    assert "923" in separate
+    assert "demo-gpt-oss" in renewed
+    keys = (tmp_path / "keys").read_text()
+    assert (tmp_path / "alice.new").read_text().strip() in keys
+    assert (tmp_path / "alice.token").read_text().strip() not in keys

@@ -257,6 +257,21 @@ def test_metrics_are_behind_the_services_own_tls(demo_gpt2: Path, capsys: pytest
         tokenizer.stop()
 
 
+def test_calls_refused_at_the_door_are_counted(demo_gpt2: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"client: {'k' * 64} role=generate\n")
+    tokenizer = Service("tokenizer", "--model", str(demo_gpt2), "--metrics", "127.0.0.1:0", "--token-file", str(keys))
+    try:
+        with grpc.insecure_channel(tokenizer.address) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            for _ in range(3):
+                with pytest.raises(grpc.RpcError):
+                    stub.Tokenize(tokenizer_pb2.TokenizeRequest(text="x"))
+        assert value(tokenizer, "mxgpt_tokenizer_calls_total", method="Tokenize", reason="UNAUTHENTICATED") == 3
+    finally:
+        tokenizer.stop()
+
+
 def test_an_address_in_use_is_one_line(watched: Stack) -> None:
     second = Service("tokenizer", "--loader", watched.loader.address, "--metrics", watched.tokenizer.metrics)
     assert second.process.wait(20) == 1

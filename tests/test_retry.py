@@ -8,6 +8,7 @@ from mxgpt.retry import Retries
 
 BROKEN = MxgptError(grpc.StatusCode.UNAVAILABLE, "EXECUTOR_UNAVAILABLE", "gone")
 FULL = MxgptError(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "full", retry_after=0.7)
+LIMITED = MxgptError(grpc.StatusCode.RESOURCE_EXHAUSTED, "KEY_LIMIT_REACHED", "all calls run", retry_after=0.9)
 IN_USE = MxgptError(grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_ID_IN_USE", "in use")
 INVALID = MxgptError(grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "no")
 
@@ -55,6 +56,7 @@ def test_errors_of_the_request_are_not_tried_again():
 
 def test_the_servers_own_delay_is_a_minimum():
     assert _retries().delay_after(FULL, started=False) == 0.7
+    assert _retries().delay_after(LIMITED, started=False) == 0.9
 
 
 def test_id_in_use_passes_only_after_a_break():

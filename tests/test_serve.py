@@ -6,20 +6,26 @@ import math
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
-from mxgpt import Client, MxgptError
+from mxgpt import Client, MxgptError, RetryPolicy
 from mxgpt.bundled import find_model
 from mxgpt.cli.main import run
 from mxgpt.serve import ServeConfig, ServeError, Supervisor, serving
+from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from shared.channel import open_channel
+from shared.config import ClientConfig
 from shared.errors import ServiceError
 from tests.stack import ROOT
 
+TLS = ROOT / "tests" / "tls"
 MXGPT = [sys.executable, "-m", "mxgpt"]
 ANY_PORTS = ["--port", "0", "--tokenizer-port", "0", "--loader-port", "0"]
 CHILDREN = ("loader", "tokenizer", "executor")
@@ -73,11 +79,16 @@ def _state(pid):
         return "Z"
 
 
-def _wait_until(condition, seconds=20.0):
+def _catches(process_id, number):
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process_id}/status").read_text())
+    return bool(caught) and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def _wait_until(condition, seconds=20.0, pause=0.05):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +205,18 @@ def test_a_signal_lets_requests_finish_and_stops_everything(number):
     assert _alive(process_ids) == []
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
+def test_an_interrupt_while_it_starts_is_no_traceback(delay):
+    process = subprocess.Popen([*MXGPT, "serve", *ANY_PORTS], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    _wait_until(lambda: _catches(process.pid, signal.SIGINT), pause=0.001)  # Python itself, before any code of ours
+    _wait_until(lambda: not _catches(process.pid, signal.SIGINT), pause=0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert "Traceback" not in err
+    assert process.returncode in (-signal.SIGINT, 130, 0)
+
+
 def test_children_end_with_a_supervisor_that_is_killed():
     server = Served()
     process_ids = list(server.children().values())
@@ -240,18 +263,74 @@ def test_a_hung_executors_stream_goes_on_at_the_other():
     assert server.stop()[0] == 0
 
 
-def test_tokens_are_wanted_where_they_are_given(tmp_path):
-    (tmp_path / "tokens").write_text("secret\n")
-    server = Served("--token-file", str(tmp_path / "tokens"))
-    code, _, err = mxgpt("generate", "x", server=server.address)
-    assert (code, "--token-file" in err) == (1, True)
-    code, _, _ = mxgpt(
-        "generate", "x", "--max-tokens", "2", "--token-file", str(tmp_path / "tokens"), server=server.address
-    )
-    assert code == 0
-    with Client(server.address, token="wrong") as client, pytest.raises(MxgptError, match="token"):
-        client.list_models()
-    server.stop()
+def test_keys_and_certificates_are_wanted_where_they_are_given(tmp_path):
+    """Through `mxgpt serve`: the executors' door, and the loader's and tokenizer's behind it."""
+    keys = tmp_path / "keys"
+    keys.write_text("alice: alices-key\nops: ops-key role=admin\n")
+    certificate = ("--tls-certificate", str(TLS / "server.pem"), "--tls-key", str(TLS / "server.key"))
+    server = Served("--token-file", str(keys), *certificate, "--tls-client-ca", str(TLS / "ca.pem"))
+    target = f"localhost:{server.address.rpartition(':')[2]}"
+    trust = {"tls_root": TLS / "ca.pem", "tls_certificate": TLS / "client.pem", "tls_key": TLS / "client.key"}
+    try:
+        options = ["--tls-root", str(TLS / "ca.pem"), "--tls-certificate", str(TLS / "client.pem")]
+        options += ["--tls-key", str(TLS / "client.key"), "--max-tokens", "2"]
+        code, _, err = mxgpt("generate", "x", *options, server=target)
+        assert (code, "--token-file" in err) == (1, True)
+        assert mxgpt("generate", "x", *options, "--token-file", str(keys), server=target)[0] == 0
+        with Client(target, token="wrong", **trust) as client, pytest.raises(MxgptError, match="token"):
+            client.list_models()
+        nameless = Client(target, token="alices-key", tls_root=TLS / "ca.pem", retry=RetryPolicy(1))
+        with nameless, pytest.raises(MxgptError, match="no answer"):
+            nameless.list_models()
+        killed = server.children()["executor"]
+        os.kill(killed, signal.SIGKILL)
+        _wait_until(lambda: server.children().get("executor", killed) != killed)
+        with Client(target, token="alices-key", retry=RetryPolicy(100), **trust) as client:
+            assert client.complete("x", max_tokens=2).outputs, "started again, with the same door"
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("keys", "answers"),
+    [
+        ("", {None: "UNAUTHENTICATED", "alices-key": "UNAUTHENTICATED"}),
+        (
+            "alice: alices-key\nops: ops-key role=admin\n",
+            {None: "UNAUTHENTICATED", "alices-key": "PERMISSION_DENIED", "ops-key": "OK"},
+        ),
+    ],
+    ids=["no keys", "keys"],
+)
+def test_the_loader_of_serve_is_closed_to_who_may_only_generate(tmp_path, demo_gpt2, keys, answers):
+    (tmp_path / "keys").write_text(keys)
+    token_files = (tmp_path / "keys",) if keys else ()
+
+    async def ask():
+        async with Supervisor(ServeConfig(demo_gpt2, token_files=token_files, drain_seconds=1.0)) as supervisor:
+            (loader,) = (child for child in supervisor._children if child.name == "loader")
+            address = await loader.address()
+            for token, answer in answers.items():
+                async with open_channel(address, ClientConfig(token=token)) as channel:
+                    call = loader_pb2_grpc.LoaderServiceStub(channel).ListModels(loader_pb2.ListModelsRequest())
+                    assert (await call.code()).name == answer, token
+            async with open_channel(supervisor.tokenizer_address) as channel:
+                call = tokenizer_pb2_grpc.TokenizerServiceStub(channel).GetInfo(tokenizer_pb2.GetInfoRequest())
+                assert (await call.code() == grpc.StatusCode.OK) == (not keys)
+            assert stat.S_IMODE(supervisor._own_keys.stat().st_mode) == 0o600
+            return supervisor._own_keys
+
+    assert not asyncio.run(ask()).exists()
+
+
+def test_serve_listens_for_strangers_only_with_tls_or_when_told(tmp_path):
+    code, out, err = mxgpt("serve", "--host", "0.0.0.0", *ANY_PORTS)
+    assert (code, out) == (2, "")
+    assert "without TLS" in err
+    server = Served("--host", "0.0.0.0", "--allow-insecure")
+    with Client(f"127.0.0.1:{server.address.rpartition(':')[2]}") as client:
+        assert client.list_models()
+    assert server.stop()[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_without_a_token_nothing_answers_not_even_health(tmp_path: Path) -> None
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
             assert (await stub.Cancel(executor_pb2.CancelRequest())).executor_id == "here"
 
-    serving(test, token_file=tokens)
+    serving(test, token_files=(tokens,))
 
 
 def test_strangers_need_tls_or_an_explicit_flag() -> None:

@@ -9,6 +9,7 @@ import argparse
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xllamacpp
@@ -21,13 +22,10 @@ FINAL = re.compile(r"<\|channel\|>final<\|message\|>(.*)", re.DOTALL)
 
 def main() -> None:
     arguments = _parse_arguments()
-    chat_format = HARMONY if "gpt-oss" in arguments.file.name else PLAIN
-    server = _serve(arguments.file)
-    tasks = held_out_tasks(arguments.seed, arguments.num_tasks, thinks=chat_format == HARMONY)
+    tasks = held_out_tasks(arguments.seed, arguments.num_tasks, thinks=_chat_format(arguments.file) == HARMONY)
     correct: Counter[str] = Counter()
     started = time.monotonic()
-    for task in tasks:
-        answer = _answer(server, chat_format, task)
+    for task, answer in zip(tasks, answers(arguments.file, tasks), strict=True):
         correct[task.kind] += is_correct(task, answer)
         if not is_correct(task, answer):
             print(f"{task.kind}: {task.prompt!r}: {answer!r} instead of {task.answer!r}")
@@ -36,11 +34,24 @@ def main() -> None:
     print(f"all: {correct.total()}/{len(tasks)} in {time.monotonic() - started:.0f} s")
 
 
+def answers(file: Path, tasks: Sequence[Task]) -> Iterator[str]:
+    """What the model of a demo model's file says to each task, as it comes."""
+    server = _serve(file)
+    for task in tasks:
+        yield _answer(server, _chat_format(file), task)
+
+
+def _chat_format(file: Path) -> str:
+    return HARMONY if "gpt-oss" in file.name else PLAIN
+
+
 def _serve(file: Path) -> xllamacpp.Server:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
     parameters.n_ctx = 1024
     parameters.n_parallel = 1
+    parameters.cpuparams.n_threads = 1  # so small a model gains nothing from more, and on a busy machine they spin
+    parameters.cpuparams_batch.n_threads = 1
     parameters.special = True  # special tokens are part of the text, so that channels can be told apart
     return xllamacpp.Server(parameters)
 

@@ -7,12 +7,14 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mxgpt.aio import AsyncClient
 from mxgpt.bundled import find_model
 from mxgpt.cli.failures import FAILED, OK, CommandError
+from mxgpt.cli.options import door, door_options
 from mxgpt.cli.terminal import print_table, progress
 from mxgpt.evaluate import Answer, answer_tasks, count_by_kind, demo_tasks
 from mxgpt.serve import ServeError, serving
@@ -32,6 +34,7 @@ model saw them in training. Exit code 1 says that fewer than --minimum of them w
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--server", help="Ask a running server instead of serving a model for the while.")
+@door_options
 @click.option("--tasks", "num_tasks", type=click.IntRange(1), default=480, show_default=True, help="Number of tasks.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Which tasks.")
 @click.option("--minimum", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Share to pass.")
@@ -48,6 +51,7 @@ def evaluate(
     minimum: float,
     wrong: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Ask a demo model tasks with checkable answers, greedily, and count the answers that are exact.
 
@@ -56,7 +60,7 @@ def evaluate(
     if model is not None and server is not None:
         raise click.UsageError("give MODEL or --server, not both")
     try:
-        answers = asyncio.run(_ask(model, server, num_tasks, seed))
+        answers = asyncio.run(_ask(model, server, door(options), num_tasks, seed))
     except ServeError as error:
         raise CommandError(str(error)) from error
     share = sum(answer.is_correct for answer in answers) / len(answers)
@@ -64,8 +68,10 @@ def evaluate(
     context.exit(OK if share >= minimum else FAILED)
 
 
-async def _ask(model: Path | None, server: str | None, num_tasks: int, seed: int) -> list[Answer]:
-    async with _server(model, server) as address, AsyncClient(address) as client:
+async def _ask(
+    model: Path | None, server: str | None, shown: dict[str, Any], num_tasks: int, seed: int
+) -> list[Answer]:
+    async with _connection(model, server, shown) as connection, AsyncClient(**connection) as client:
         architecture = (await client.list_models())[0].architecture
         try:
             task_set = demo_tasks(seed, num_tasks, architecture)
@@ -77,12 +83,13 @@ async def _ask(model: Path | None, server: str | None, num_tasks: int, seed: int
 
 
 @contextlib.asynccontextmanager
-async def _server(model: Path | None, server: str | None) -> AsyncIterator[str]:
+async def _connection(model: Path | None, server: str | None, shown: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """Arguments of a client for the server named, or for one that serves the model for the while."""
     if server is not None:
-        yield server
+        yield {"target": server, **shown}
         return
     async with serving(model or find_model()) as supervisor:
-        yield supervisor.address
+        yield supervisor.connection
 
 
 def _print(answers: list[Answer], share: float, wrong: bool, as_json: bool) -> None:

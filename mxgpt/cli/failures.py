@@ -20,6 +20,7 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE
 _HINTS = {
     "EXECUTOR_UNAVAILABLE": "Start a server with `mxgpt serve`, or name another one with --server.",
     "UNAUTHENTICATED": "Give the server's token with --token-file or in MXGPT_TOKEN.",
+    "PERMISSION_DENIED": "The server's key file gives each key its role.",
     "CONTEXT_LENGTH_EXCEEDED": "Shorten the prompt, or ask for fewer tokens.",
     "MODEL_NOT_FOUND": "`mxgpt models` lists what is served.",
     "CHAT_TEMPLATE_MISSING": "`mxgpt generate` continues plain text.",

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -28,6 +28,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Examine": {
         "top": ("mxgpt.cli.top:top", "Watch running services, live."),
         "inspect": ("mxgpt.cli.inspect:inspect", "Show what is in a GGUF file and the memory it will take."),
+        "quantize": ("mxgpt.cli.quantize:quantize", "Write a GGUF file with its weights in another type."),
+        "compare": ("mxgpt.cli.compare:compare", "Measure what a file lost against another."),
         "bench": ("mxgpt.cli.bench:bench", "Measure a running server."),
         "perplexity": ("mxgpt.cli.perplexity:perplexity", "Measure how well a model predicts a text."),
         "evaluate": ("mxgpt.cli.evaluate:evaluate", "Count the demo tasks that a demo model answers exactly."),
@@ -91,12 +93,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return USAGE
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:
         return report(error)
-
-
-def main() -> NoReturn:
-    """Run the command of `sys.argv` and exit."""
-    sys.exit(run())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,27 +11,39 @@ import click
 
 from mxgpt.client import Client
 from mxgpt.connection import DEFAULT_TARGET
+from shared.keys import read_token
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PATH = click.Path(path_type=Path, dir_okay=False)
-_SERVER_NAMES = ("token_file", "tls_root", "tls_certificate", "tls_key", "tls_server_name")
+_DOOR_NAMES = ("token_file", "tls_root", "tls_certificate", "tls_key", "tls_server_name")
 
 
 def server_options(command: F) -> F:
-    """Where the server is and how to reach it; taken out of the arguments again by `connection`."""
+    """Where the server is and what to show it; taken out of the arguments again by `connection`."""
+    server = click.option(
+        "--server",
+        default=DEFAULT_TARGET,
+        envvar="MXGPT_SERVER",
+        show_default=True,
+        show_envvar=True,
+        help="Address of the executors; several with commas between.",
+    )
+    return server(door_options(command))
+
+
+def door_options(command: F) -> F:
+    """What to show a server, and what to expect of it; taken out of the arguments again by `door`."""
     return _apply(
         command,
-        click.option(
-            "--server",
-            default=DEFAULT_TARGET,
-            envvar="MXGPT_SERVER",
-            show_default=True,
-            show_envvar=True,
-            help="Address of the executors; several with commas between.",
-        ),
         click.option("--token-file", type=_PATH, help="File with the bearer token to send; else MXGPT_TOKEN."),
-        click.option("--tls-root", type=_PATH, help="PEM authority of the server's certificate; plain text without."),
+        click.option(
+            "--tls-root",
+            type=_PATH,
+            envvar="MXGPT_CA",
+            show_envvar=True,
+            help="PEM authority of the server's certificate; plain text without.",
+        ),
         click.option("--tls-certificate", type=_PATH, help="PEM certificate to show the server."),
         click.option("--tls-key", type=_PATH, help="PEM key of that certificate."),
         click.option("--tls-server-name", help="Name in the server's certificate, if not the address's."),
@@ -43,16 +54,25 @@ def connection(options: dict[str, Any]) -> dict[str, Any]:
     """Take `server_options` out of a command's arguments, as arguments for a client.
 
     Raises:
-        click.UsageError: when they don't fit together or the token file can't be read.
+        click.UsageError: when the token file can't be read or holds no key.
     """
-    target = options.pop("server")
-    given = {name: options.pop(name) for name in _SERVER_NAMES}
+    return {"target": options.pop("server"), **door(options)}
+
+
+def door(options: dict[str, Any]) -> dict[str, Any]:
+    """Take `door_options` out of a command's arguments, as arguments for a client.
+
+    Raises:
+        click.UsageError: when the token file can't be read or holds no key.
+    """
+    given = {name: options.pop(name) for name in _DOOR_NAMES}
     token_file = given.pop("token_file")
+    if token_file is None:
+        return given
     try:
-        token = token_file.read_text().strip() if token_file else os.environ.get("MXGPT_TOKEN")
-    except OSError as error:
+        return {"token": read_token(token_file), **given}
+    except (OSError, ValueError) as error:
         raise click.UsageError(f"--token-file: {error}") from error
-    return {"target": target, "token": token, **given}
 
 
 def connect(options: dict[str, Any]) -> Client:

@@ -8,16 +8,19 @@ import dataclasses
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import click
 import grpc
 
 from mxgpt.aio import AsyncClient
 from mxgpt.cli.failures import CommandError
+from mxgpt.cli.options import door, door_options
 from mxgpt.cli.terminal import progress
+from mxgpt.connection import Connection
 from mxgpt.errors import from_rpc_error
 from mxgpt.perplexity import Perplexity, measure, tokenize
-from mxgpt.serve import ServeError, serving
+from mxgpt.serve import NO_DOOR, ServeError, serving
 
 
 @click.command(
@@ -36,11 +39,18 @@ token is not scored). A smaller stride is dearer, and lower: compare only figure
 @click.argument("files", nargs=-1, required=True, metavar="[FILE.gguf] TEXT", type=click.Path(path_type=Path))
 @click.option("--server", help="Measure a running server's model instead of FILE.gguf.")
 @click.option("--tokenizer", default="localhost:50052", show_default=True, help="With --server: its tokenizer.")
+@door_options
 @click.option("--window", type=click.IntRange(2), help="Tokens of a window. Default: the context, less one.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens that a window is further on. Default: half a window.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def perplexity(
-    files: tuple[Path, ...], server: str | None, tokenizer: str, window: int | None, stride: int | None, as_json: bool
+    files: tuple[Path, ...],
+    server: str | None,
+    tokenizer: str,
+    window: int | None,
+    stride: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure the perplexity of a model on TEXT, a file in UTF-8: exp of the mean negative log-likelihood of a token.
 
@@ -53,7 +63,8 @@ def perplexity(
     except UnicodeDecodeError as error:
         raise CommandError(f"{files[-1]} is not UTF-8: {error}") from error
     try:
-        measured = asyncio.run(_measure(None if server else files[0], server or "", tokenizer, text, window, stride))
+        model = None if server else files[0]
+        measured = asyncio.run(_measure(model, server or "", tokenizer, door(options), text, window, stride))
     except ServeError as error:
         raise CommandError(str(error)) from error
     except grpc.RpcError as error:
@@ -62,10 +73,20 @@ def perplexity(
 
 
 async def _measure(
-    model: Path | None, server: str, tokenizer: str, text: str, window: int | None, stride: int | None
+    model: Path | None,
+    server: str,
+    tokenizer: str,
+    shown: dict[str, Any],
+    text: str,
+    window: int | None,
+    stride: int | None,
 ) -> Perplexity:
-    async with _addresses(model, server, tokenizer) as (executor, tokenizer_address), AsyncClient(executor) as client:
-        token_ids = await tokenize(tokenizer_address, text)
+    shown = shown if model is None else NO_DOOR
+    async with (
+        _addresses(model, server, tokenizer) as (executor, tokenizer_address),
+        AsyncClient(executor, **shown) as client,
+    ):
+        [token_ids] = await tokenize(Connection(tokenizer_address, **shown), [text])
         if len(token_ids) < 2:
             raise CommandError(f"the text has {len(token_ids)} tokens; at least two are needed to predict one")
         longest = (await client.list_models())[0].context_length - 1

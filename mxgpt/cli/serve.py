@@ -26,6 +26,7 @@ from mxgpt.serve import (
 from shared.logs import FORMATS, json_line
 
 _PORT = click.IntRange(0, 65535)
+_FILE = click.Path(path_type=Path)
 
 
 @click.command(
@@ -35,7 +36,7 @@ Examples:
   mxgpt serve --model gpt-oss-20b-mxfp4.gguf
   mxgpt serve --port 0                                 # any free port; the address is printed
   mxgpt serve --executors 2                            # two executors over one copy of the weights
-  mxgpt serve --host 0.0.0.0 --allow-insecure --token-file tokens.txt
+  mxgpt serve --host 0.0.0.0 --tls-certificate server.pem --tls-key server.key --token-file keys
 
 \b
 Logs go to stderr, each line marked with its service; stdout has one line, once requests can be served.
@@ -43,7 +44,7 @@ Ctrl-C or SIGTERM lets running requests finish (--drain-seconds) and stops every
 A service that dies is reported and started again, up to five times a minute; one that can't start ends the command.
 Metrics are served on loopback: the loader's on --metrics-port, the tokenizer's and executors' on the next ones. The
 default is 9460, where `mxgpt top` looks, or none at all if --port is not its default.
-With TLS, run `mxgpt loader`, `mxgpt tokenizer` and `mxgpt executor` each by itself.
+Certificates are for executors (docs/security.md); loader and tokenizer stay on loopback, the loader behind a key.
 """
 )
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file, or the first of its shards. Default: demo.")
@@ -53,7 +54,10 @@ With TLS, run `mxgpt loader`, `mxgpt tokenizer` and `mxgpt executor` each by its
 @click.option("--tokenizer-port", type=_PORT, default=TOKENIZER_PORT, show_default=True, help="On loopback.")
 @click.option("--loader-port", type=_PORT, default=LOADER_PORT, show_default=True, help="On loopback.")
 @click.option("--executors", "num_executors", type=click.IntRange(1, 64), default=1, show_default=True)
-@click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens to accept, one a line.")
+@click.option("--tls-certificate", type=_FILE, help="PEM chain to serve TLS with.")
+@click.option("--tls-key", type=_FILE, help="PEM key of the certificate.")
+@click.option("--tls-client-ca", type=_FILE, help="PEM authority that clients must show.")
+@click.option("--token-file", "token_files", type=_FILE, multiple=True, help="Keys to accept, one a line. Repeatable.")
 @click.option("--allow-insecure", is_flag=True, help="Listen beyond loopback without TLS.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each executor. Default: half the cores.")
 @click.option("--max-context", type=click.IntRange(1), help="Tokens of prompt and output. Default: the model's own.")
@@ -64,6 +68,7 @@ With TLS, run `mxgpt loader`, `mxgpt tokenizer` and `mxgpt executor` each by its
 @click.option("--traces", metavar="URL", help="OTLP receiver for traces, as http://localhost:4317, or file:/PATH.")
 @click.option("--log-level", default="INFO", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
 @click.pass_context
 def serve(
     context: click.Context,
@@ -78,13 +83,16 @@ def serve(
 ) -> None:
     """Load a model and serve it: loader, tokenizer and executor, as processes of their own."""
     of_executors = {"--threads": threads, "--max-context": max_context, "--kv-memory-mib": kv_memory_mib}
-    config = ServeConfig(
-        model=model or find_model(),
-        executor_options=_given(of_executors),
-        metrics_port=METRICS_PORT if metrics_port is None and options["port"] == EXECUTOR_PORT else metrics_port,
-        loader_options=_given({"--float32-budget-mib": float32_budget_mib}),
-        **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
-    )
+    try:
+        config = ServeConfig(
+            model=model or find_model(),
+            executor_options=_given(of_executors),
+            metrics_port=METRICS_PORT if metrics_port is None and options["port"] == EXECUTOR_PORT else metrics_port,
+            loader_options=_given({"--float32-budget-mib": float32_budget_mib}),
+            **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     try:
         code = asyncio.run(_serve(config))
     except ServeError as error:

@@ -81,6 +81,7 @@ class Generation:
     Args:
         request: as the engine gets it; its id is the engine's, unique in this process.
         request_id: the caller's id for it.
+        caller: whose call it is; nobody else can cancel or take it over.
         cancel_output: tells the engine that an output, by index, is over.
         on_finished: told each output's Finished, and how many of its tokens were resumed.
     """
@@ -89,6 +90,7 @@ class Generation:
         self,
         request: Request,
         request_id: str,
+        caller: str,
         origin: Origin,
         form: Form,
         vocabulary: Vocabulary | None,
@@ -98,6 +100,7 @@ class Generation:
     ) -> None:
         self.request = request
         self.request_id = request_id
+        self.caller = caller
         self._origin = origin
         self._form = form
         self._vocabulary = vocabulary
@@ -312,40 +315,40 @@ class Generation:
 
 
 class Generations:
-    """The running Generate calls, by the engine's id and by the caller's."""
+    """The running Generate calls, by the engine's id, and by caller and the caller's id."""
 
     def __init__(self) -> None:
         self._by_engine_id: dict[str, Generation] = {}
-        self._by_request_id: dict[str, Generation] = {}
+        self._by_request_id: dict[tuple[str, str], Generation] = {}
 
     def __len__(self) -> int:
         return len(self._by_engine_id)
 
     def add(self, generation: Generation, takes_over: bool) -> None:
-        """Register a call. One that resumes takes its request id over from a call whose client is gone.
+        """Register a call. One that resumes takes its request id over from a call of its caller's that has broken.
 
         Raises:
             ServiceError: REQUEST_ID_IN_USE.
         """
-        older = self._by_request_id.get(generation.request_id)
+        older = self.find(generation.caller, generation.request_id)
         if older is not None:
             if not takes_over:
                 raise ServiceError(
                     Reason.REQUEST_ID_IN_USE, f"request_id: {generation.request_id} is running", field="request_id"
                 )
             older.fail(ServiceError(Reason.CANCELLED, "the request was resumed by another call"))
-        self._by_request_id[generation.request_id] = generation
+        self._by_request_id[generation.caller, generation.request_id] = generation
         self._by_engine_id[generation.request.request_id] = generation
 
     def remove(self, generation: Generation) -> None:
         """Forget a call that has ended."""
         self._by_engine_id.pop(generation.request.request_id, None)
-        if self._by_request_id.get(generation.request_id) is generation:
-            del self._by_request_id[generation.request_id]
+        if self.find(generation.caller, generation.request_id) is generation:
+            del self._by_request_id[generation.caller, generation.request_id]
 
-    def find(self, request_id: str) -> Generation | None:
-        """The call with the caller's id `request_id`."""
-        return self._by_request_id.get(request_id)
+    def find(self, caller: str, request_id: str) -> Generation | None:
+        """The call that the caller knows as `request_id`."""
+        return self._by_request_id.get((caller, request_id))
 
     def on_events(self, events: Sequence[Event]) -> None:
         """Give each event of a step to its call; events of calls that have ended are dropped."""

@@ -40,14 +40,12 @@ class Executor:
 
     def __init__(self, config: ExecutorConfig) -> None:
         self._config = config
-        names = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
-        self._server = Server(config.server, [names])
-        self._telemetry = Telemetry(config.telemetry, "executor", names, config.name)
+        name = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
+        self._telemetry = Telemetry(config.telemetry, "executor", name, config.name)
+        self._server = Server(config.server, [name], self._telemetry.calls.denied)
         self._metrics = ExecutorMetrics(self._telemetry.registry)
         self._telemetry.calls.on_ended = self._metrics.on_call_ended
-        self._servicer = ExecutorServicer(
-            self._server, self._telemetry.calls, self._metrics, config.name, config.device, config.write_stall_seconds
-        )
+        self._servicer = ExecutorServicer(self._server, self._telemetry.calls, self._metrics, config)
         executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._servicer, self._server.grpc)
         self._engine = EngineClient(self._servicer.on_events)
         self._loader = LoaderClient(config.loader, config.peers)

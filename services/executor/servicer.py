@@ -12,6 +12,8 @@ import grpc
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 from services.executor import validation
+from services.executor.config import ExecutorConfig
+from services.executor.content_log import ContentLog
 from services.executor.engine_client import EngineClient
 from services.executor.generation import Form, Generation, Generations, Origin
 from services.executor.metrics import ExecutorMetrics, WatchedRequest
@@ -29,22 +31,15 @@ from shared.tracing import Span
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     """Serves one model once `serve_model` has been called; until then calls are answered STARTING."""
 
-    def __init__(
-        self,
-        server: Server,
-        calls: Calls,
-        metrics: ExecutorMetrics,
-        executor_id: str,
-        device: str,
-        write_stall_seconds: float,
-    ) -> None:
+    def __init__(self, server: Server, calls: Calls, metrics: ExecutorMetrics, config: ExecutorConfig) -> None:
         self.calls = calls
-        self.executor_id = executor_id
+        self.executor_id = config.name
         self.generations = Generations()
         self._metrics = metrics
         self._server = server
-        self._device = device
-        self._write_stall_seconds = write_stall_seconds
+        self._device = config.device
+        self._write_stall_seconds = config.write_stall_seconds
+        self._log_content = config.telemetry.log_content
         self._engine_ids = itertools.count()
         self._model: _Model | None = None
 
@@ -79,14 +74,19 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         validation.check_frame(request, model.limits)
         if self._server.draining.is_set():
             raise ServiceError(Reason.DRAINING, "this executor is stopping; another one can serve the request")
-        generation = await self._prepare(model, request)
+        generation = await self._prepare(model, request, self._server.caller(context))
+        content_log = ContentLog(generation, request) if self._log_content else None
         try:
             self.generations.add(generation, takes_over=request.HasField("resume"))
             if not generation.nothing_to_run():
                 model.engine.submit(generation.request)
             async for response in generation.responses():
                 await self._write(context, response)
+                if content_log is not None:
+                    content_log.add(response)
         finally:
+            if content_log is not None:
+                content_log.close()
             self.generations.remove(generation)
             generation.close()
             if not model.engine.gone.is_set():
@@ -94,7 +94,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
     @servicer_method
     async def Cancel(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        generation = self.generations.find(request.request_id)
+        generation = self.generations.find(self._server.caller(context), request.request_id)
         if generation is None:
             raise ServiceError(
                 Reason.REQUEST_NOT_FOUND,
@@ -148,7 +148,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             )
         return model
 
-    async def _prepare(self, model: _Model, request: Any) -> Generation:
+    async def _prepare(self, model: _Model, request: Any, caller: str) -> Generation:
         """Validate and tokenize; everything that may fail before the engine knows of the request."""
         request_id = request.request_id or uuid.uuid4().hex
         watched = WatchedRequest(current_call(), self._metrics, request_id, model.lease)
@@ -187,7 +187,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
         watched.submitted()
         return Generation(
-            *(engine_request, request_id, model.origin, form, vocabulary, model.pipe),
+            *(engine_request, request_id, caller, model.origin, form, vocabulary, model.pipe),
             *(cancel_output, watched.finished),
         )
 

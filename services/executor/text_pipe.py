@@ -19,7 +19,7 @@ import grpc
 
 from mxgpt.v1 import tokenizer_pb2
 from shared.errors import Reason, ServiceError
-from shared.rpc_errors import from_rpc_error
+from shared.rpc_errors import from_peer_error
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class TextPipe:
             try:
                 await self._exchange()
             except grpc.aio.AioRpcError as error:
-                failure = from_rpc_error(error, Reason.TOKENIZER_UNAVAILABLE)
+                failure = from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE)
                 if self._answered:
                     down_since, delay = None, 0.05
                 down_since = down_since or loop.time()

@@ -9,8 +9,9 @@ import grpc
 
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from shared.calls import Calls
+from shared.channel import Channel
 from shared.errors import Reason, ServiceError
-from shared.rpc_errors import from_rpc_error
+from shared.rpc_errors import from_peer_error
 
 CALL_TOKEN = "<|call|>"  # ends a Harmony message that calls a tool
 
@@ -30,7 +31,7 @@ class Vocabulary:
 class TokenizerClient:
     """Asks whichever tokenizer replica the channel balances to; `model` is the digest of the model served."""
 
-    def __init__(self, channel: grpc.aio.Channel, model: str, calls: Calls, timeout_seconds: float = 20.0) -> None:
+    def __init__(self, channel: Channel, model: str, calls: Calls, timeout_seconds: float = 20.0) -> None:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         self.model = model
         self._calls = calls
@@ -74,4 +75,4 @@ class TokenizerClient:
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer did not answer in time") from error
-                raise from_rpc_error(error, Reason.TOKENIZER_UNAVAILABLE) from error
+                raise from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE) from error

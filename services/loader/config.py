@@ -34,6 +34,11 @@ class LoaderConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
+        if self.server.is_exposed and not (self.server.knows_callers or self.server.allow_insecure):
+            raise ValueError(
+                f"refusing to load models for whoever reaches {self.server.listen}: give --token-file or "
+                "--tls-client-ca, or --allow-insecure inside a network that you trust"
+            )
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH_BYTES:
             raise ValueError(f"--socket: {self.socket} is longer than the {MAX_SOCKET_PATH_BYTES} bytes of an address")
         if self.model_root is not None and not self.model_root.is_dir():

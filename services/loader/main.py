@@ -43,8 +43,8 @@ class Loader:
         self.leases = Leases()
         self._config = config
         name = loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name
-        self._server = Server(config.server, [name])
         self._telemetry = Telemetry(config.telemetry, "loader", name, loader_id())
+        self._server = Server(config.server, [name], self._telemetry.calls.denied)
         options = LoadOptions(config.model_root, config.num_threads, _memory(config))
         self._loads = Loads(self.store, options)
         self._handover = Handover(config.socket, config.allowed_uids)

@@ -38,10 +38,10 @@ class TokenizerServer:
     def __init__(self, config: TokenizerConfig) -> None:
         self._config = config
         name = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
-        self._server = Server(config.server, [name])
         self._templates = TemplatePool(config.num_template_workers, config.template_limits)
         instance = f"{socket.gethostname()}-{os.getpid()}"
         self._telemetry = Telemetry(config.telemetry, "tokenizer", name, instance)
+        self._server = Server(config.server, [name], self._telemetry.calls.denied)
         self._metrics = TokenizerMetrics(self._telemetry.registry)
         self._store: TokenizerStore | None = None
 

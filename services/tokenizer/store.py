@@ -15,10 +15,11 @@ import grpc
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from services.tokenizer.backends import Tokenizer, make_tokenizer
 from shared.calls import Calls
+from shared.channel import Channel
 from shared.digest import digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
-from shared.rpc_errors import from_rpc_error
+from shared.rpc_errors import from_peer_error
 from shared.tokenizer_data import read_tokenizer_json, tokenizer_data_from_gguf
 from shared.tokenizer_data_proto import from_pieces
 
@@ -84,7 +85,7 @@ class FileStore:
 class LoaderStore:
     """The tokenizers of a loader's models. What was fetched once is served on while the loader is away."""
 
-    def __init__(self, channel: grpc.aio.Channel, calls: Calls) -> None:
+    def __init__(self, channel: Channel, calls: Calls) -> None:
         self._calls = calls
         self.is_loader_there = False  # at the last refresh
         self._stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
@@ -173,7 +174,7 @@ class LoaderStore:
 
 
 def _loader_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    found = from_rpc_error(error, Reason.LOADER_UNAVAILABLE)
+    found = from_peer_error(error, Reason.LOADER_UNAVAILABLE)
     if found.reason in (Reason.DEADLINE, Reason.CANCELLED, Reason.DRAINING):
         return ServiceError(Reason.LOADER_UNAVAILABLE, f"{Reason.LOADER_UNAVAILABLE.meaning} ({found.message})")
     return found

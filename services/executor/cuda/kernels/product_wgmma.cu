@@ -40,7 +40,7 @@ constexpr int MAX_ROWS = 128;
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
 constexpr int STAGE_BYTES = MAX_ROWS * ROW_BYTES;
 constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
-constexpr int SCALE_BYTES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : 256;  // of a tile
+constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : 256;  // bytes
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void copy_rows(const Product& product, const Work& wo
         for (int i = threadIdx.x; i < strips * NUM_LOADS * 4; i += NUM_COPIERS) {
             const size_t tile = (first_tile + i / (NUM_LOADS * 4)) * product.column_tiles + column_tile;
             prefetch(product.planes.quants + tile * (NUM_LOADS * 512) + i % (NUM_LOADS * 4) * 128);
-            if (FAMILY <= 3 && i % (NUM_LOADS * 4) == 0) prefetch(product.planes.scales + tile * SCALE_BYTES);
+            if (FAMILY <= 3 && i % (NUM_LOADS * 4) == 0) prefetch(product.planes.scales + tile * TILE_SCALES);
         }
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         const uint32_t stage = ring.memory();

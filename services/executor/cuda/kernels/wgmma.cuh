@@ -94,10 +94,6 @@ __device__ __forceinline__ void copy_piece(uint32_t target, const void* source) 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-
 // Registers of each thread of the warpgroup, from here on.
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
