@@ -32,11 +32,14 @@ from benchmarks.gpt_oss_file import write_file
 from mxgpt.child import Child
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc
 from services.loader.cuda.stream import Stream, pin
+from shared.cuda_estimate import CONTEXT_BYTES, MAX_BATCH_TOKENS, MAX_RUNNING, workspace_bytes
 from shared.cuda_memory import CudaDevice
 from shared.digest import READ_BYTES
+from shared.gpt_config import GPTConfig
 
 NUM_THREADS = min(16, os.cpu_count() or 1)
 LINK_BYTES = 256 << 20
+KV_MIB = 4096  # of an executor
 SAMPLE_SECONDS = 0.01
 GIB = 2**30
 
@@ -54,14 +57,15 @@ def main() -> None:
         print(f"wrote {path}, {num_bytes:,} bytes, in {time.perf_counter() - start:.1f} s")
     print(f"link, page-locked memory to the GPU: {measure_link():.1f} GB/s")
     print(f"page cache to memory, {NUM_THREADS} threads: {read_by_threads(path):.1f} GB/s")
-    asyncio.run(Bench(path).run())
+    asyncio.run(Bench(path, config).run())
 
 
 class Bench:
     """The services over one file, as processes of their own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: GPTConfig) -> None:
         self._path = path
+        self._own_bytes = workspace_bytes(config, MAX_BATCH_TOKENS, MAX_RUNNING) + CONTEXT_BYTES + (KV_MIB << 20)
         self._size = path.stat().st_size
         self._log: list[str] = []
 
@@ -103,7 +107,16 @@ class Bench:
 
     async def _executors(self, stub: Any, loader: str) -> None:
         async with self._child("tokenizer", ["--loader", loader]) as (_, tokenizer):
-            options = ["--loader", loader, "--tokenizer", tokenizer, "--device", "cuda:0"]
+            options = [
+                "--loader",
+                loader,
+                "--tokenizer",
+                tokenizer,
+                "--device",
+                "cuda:0",
+                "--kv-memory-mib",
+                str(KV_MIB),
+            ]
             async with self._child("executor", options) as (_, address):
                 await first_token(address)  # kernels are compiled, the tokenizer is built
             self._log.clear()
@@ -116,7 +129,8 @@ class Bench:
                     print(f"executor {number}: first token {time.perf_counter() - start:.2f} s after its start")
                     self._print_phases("has started", "serving m")
                     after = await used_bytes(stub)
-                    print(f"VRAM grew by {(after - before) / GIB:.2f} GiB")
+                    grown = (after - before) / GIB
+                    print(f"    VRAM grew by {grown:.2f} GiB; {self._own_bytes / GIB:.2f} expected, without weights")
                     before = after
 
     async def _timed_load(self, stub: Any, loader: Child) -> tuple[float, int]:

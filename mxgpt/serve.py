@@ -30,6 +30,7 @@ from mxgpt.child import Child
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from shared.channel import Channel, open_channel
 from shared.config import ClientConfig, ServerConfig
+from shared.cuda_memory import require_gpu
 from shared.errors import Reason
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
@@ -147,9 +148,10 @@ class Supervisor:
         """Start everything; returns when requests can be served.
 
         Raises:
-            ServiceError: for a model that can't be loaded.
+            ServiceError: for a model that can't be loaded, or a GPU that can't be used.
             ServeError: for a service that ended instead.
         """
+        require_gpu(self.config.device)
         await asyncio.to_thread(_check_model, self.config.model)
         loader = await self._start_loader()
         loading = asyncio.create_task(self._watch_load(await self._or_end(loader.address())))

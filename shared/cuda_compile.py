@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cuda_memory import gpu_unusable
+from shared.cuda_memory import GET_COMPILER, gpu_unusable
 from shared.errors import Reason, ServiceError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # compiled for by the tests
@@ -131,7 +131,7 @@ def _nvrtc_version() -> str:
     try:
         from cuda.bindings import nvrtc
     except ImportError:
-        raise gpu_unusable("no CUDA compiler was found, neither nvcc nor the wheels of NVRTC") from None
+        raise gpu_unusable("there is no CUDA compiler", GET_COMPILER) from None
     _, major, minor = nvrtc.nvrtcVersion()
     return f"nvrtc {major}.{minor}"
 

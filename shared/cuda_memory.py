@@ -6,6 +6,7 @@ Only cuda-bindings is needed, no toolkit. Every function wants the device's prim
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 from shared.errors import Reason, ServiceError
 from shared.layout import round_up
 
-_INSTALL = "install NVIDIA's driver and mxgpt[cuda] (pip install 'mxgpt[cuda]'; PyCUDA builds against a CUDA toolkit)"
+GET_PACKAGES = "install mxgpt[cuda] (pip install 'mxgpt[cuda]'), for which a CUDA toolkit builds PyCUDA"
+GET_COMPILER = "install a CUDA toolkit, or pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
+GET_DRIVER = "install NVIDIA's driver, 580 or later, and mxgpt[cuda]"
 
 
 def device_index(device: str) -> int | None:
@@ -40,8 +43,36 @@ def driver_api() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise gpu_unusable(f"cuda-bindings can't be imported ({error})") from None
+        raise gpu_unusable(f"cuda-bindings can't be imported ({error})", GET_PACKAGES) from None
     return driver
+
+
+def require_gpu(device: str) -> None:
+    """Refuse a GPU that can't be used before anything is started for it; "cpu" is always there.
+
+    Raises:
+        ServiceError: FIELD_INVALID, saying what is missing and how to get it.
+    """
+    index = device_index(device)
+    if index is None:
+        return
+    open_device(driver_api(), index)
+    if importlib.util.find_spec("pycuda") is None:
+        raise gpu_unusable("PyCUDA is not installed", GET_PACKAGES)
+
+
+def open_device(api: Any, index: int) -> Any:
+    """The driver's handle of a GPU."""
+    try:
+        check(api.cuInit(0))
+    except (ServiceError, RuntimeError) as error:  # RuntimeError: libcuda is missing
+        why = error.message if isinstance(error, ServiceError) else "libcuda.so.1 is missing"
+        raise gpu_unusable(f"NVIDIA's driver can't be used ({why})", GET_DRIVER) from None
+    try:
+        return check(api.cuDeviceGet(index))
+    except ServiceError as error:
+        what = f"the driver knows no GPU {index} ({error.message})"
+        raise gpu_unusable(what, "name one that nvidia-smi lists") from None
 
 
 class CudaDevice:
@@ -54,11 +85,7 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         self.api = driver_api()
         self.index = index
-        try:
-            check(self.api.cuInit(0))
-            self._device = check(self.api.cuDeviceGet(index))
-        except (ServiceError, RuntimeError) as error:  # RuntimeError: libcuda is missing
-            raise gpu_unusable(f"GPU {index} can't be used ({error})") from None
+        self._device = open_device(self.api, index)
         attribute = self.api.CUdevice_attribute
         major = check(
             self.api.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device)
@@ -189,7 +216,7 @@ def check(result: tuple[Any, ...], num_bytes: int = 0) -> Any:
         metadata = {"needed_bytes": str(num_bytes)}
         raise ServiceError(Reason.VRAM_EXHAUSTED, f"the GPU has no {num_bytes} bytes left.", metadata=metadata)
     if int(error) != 0:
-        raise ServiceError(Reason.INTERNAL, f"CUDA: {error.name}.")
+        raise ServiceError(Reason.INTERNAL, f"CUDA: {error.name}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -227,6 +254,6 @@ def _posix(api: Any) -> Any:
     return api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 
-def gpu_unusable(what: str) -> ServiceError:
-    """The error (to be raised) for a GPU that can't be used, and what to install."""
-    return ServiceError(Reason.FIELD_INVALID, f"--device cuda:N: {what}; {_INSTALL}.")
+def gpu_unusable(what: str, remedy: str) -> ServiceError:
+    """The error (to be raised) for a GPU that can't be used, and what to do about it."""
+    return ServiceError(Reason.FIELD_INVALID, f"--device cuda:N: {what}; {remedy} (docs/gpu.md).")

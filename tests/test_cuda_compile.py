@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.cuda.kernels import SOURCES, modules_of
+from services.loader.cuda import kernels as loader_kernels
 from shared.cuda_compile import ARCHITECTURES, Compiler, Module, find_nvcc, nvcc_arguments
 from shared.cuda_layout import Family
 from shared.errors import ServiceError
@@ -25,9 +26,10 @@ def all_modules():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", ARCHITECTURES)
-def test_all_kernels_compile_without_spills(tmp_path, target):
+@pytest.mark.parametrize("sources", [SOURCES, loader_kernels.SOURCES], ids=["executor", "loader"])
+def test_all_kernels_compile_without_spills(tmp_path, target, sources):
     def compile(module):
-        command = [NVCC, *nvcc_arguments(SOURCES, module, target), "-Xptxas", "-v", "-Werror", "all-warnings"]
+        command = [NVCC, *nvcc_arguments(sources, module, target), "-Xptxas", "-v", "-Werror", "all-warnings"]
         output = tmp_path / f"{module.source}{''.join(module.defines)}"
         result = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
@@ -35,8 +37,8 @@ def test_all_kernels_compile_without_spills(tmp_path, target):
         assert spilled, "ptxas reported nothing"
         return max(spilled) > 0
 
-    modules = all_modules()
-    assert {module.source for module in modules} == {path.stem for path in SOURCES.glob("*.cu")}
+    modules = all_modules() if sources == SOURCES else loader_kernels.MODULES
+    assert {module.source for module in modules} == {path.stem for path in sources.glob("*.cu")}
     with ThreadPoolExecutor(2) as pool:
         spills = dict(zip(modules, pool.map(compile, modules), strict=True))
     assert not [module for module in modules if spills[module]]

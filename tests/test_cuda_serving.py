@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from mxgpt import AsyncClient, Client
 from mxgpt.evaluate import answer_tasks, demo_tasks
+from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from tests.cuda_device import open_device
 from tests.stack import Stack, running
 from tests.test_failover import bring_back, kill_the_server_of
@@ -85,19 +87,31 @@ def test_a_restarted_loader_adopts_the_memory_of_executors(pair: Stack) -> None:
         assert client.complete(PROMPT, temperature=0.0, max_tokens=8).outputs[0].token_ids
 
 
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(tmp_path: Path, gpu: None) -> None:
-    """As if a MiB were free: the refusal's own arithmetic, not a GPU that is really full."""
-    from services.loader.cuda.memory import CudaMemory
-    from shared.errors import Reason, ServiceError
-    from shared.gguf import read_gguf
-    from shared.gpt_config import GPTConfig
-    from tests.tiny_models import TINY_GPT_OSS, write_model
+def test_deaths_beside_a_stream_leave_it_unharmed(pair: Stack) -> None:
+    """The other executor dies, then the loader; the next loader takes the memory instead of loading a second copy."""
+    options = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    served, other = pair.executors
+    with Client(served.address) as client:
+        quiet = client.complete(PROMPT, **options).outputs[0].token_ids
+        with client.generate(PROMPT, **options) as generation:
+            for number, _ in enumerate(generation):
+                if number == 20:
+                    other.kill()
+                elif number == 60:
+                    pair.loader.kill()
+        assert generation.result.num_resumes == 0
+        assert generation.result.outputs[0].token_ids == quiet
+    pair.loader = pair.start_loader("--listen", pair.loader.address)
+    pair.loader.wait_healthy()
+    bring_back(pair, other)
+    assert "adopted demo-gpt-oss" in pair.loader.text
+    after = status_of(pair)
+    assert 0 < after.resident_bytes < after.used_bytes
+    assert list(after.resident_models) == ["demo-gpt-oss"]
+    assert after.num_leases == 2
 
-    memory = CudaMemory(0)
-    file = read_gguf(write_model(tmp_path / "model.gguf", TINY_GPT_OSS))
-    planned = memory.plan(file, GPTConfig.from_gguf(file))
-    memory.free_bytes = lambda: 1 << 20  # type: ignore[method-assign]
-    with pytest.raises(ServiceError) as caught:
-        memory.require_free(planned, file, "model 'm'")
-    assert caught.value.reason is Reason.VRAM_EXHAUSTED
-    assert caught.value.metadata["free_bytes"] == str(1 << 20)
+
+def status_of(stack: Stack) -> loader_pb2.GetStatusResponse:
+    with grpc.insecure_channel(stack.loader.address) as channel:
+        stub = loader_pb2_grpc.LoaderServiceStub(channel)
+        return stub.GetStatus(loader_pb2.GetStatusRequest())

@@ -19,7 +19,7 @@ from services.executor.request import (
     ResumedOutput,
     TokenDrawn,
 )
-from services.executor.step import FULL, WINDOW
+from services.executor.step import FULL, WINDOW, DeviceLostError
 from shared.errors import Reason, ServiceError
 from tests.engine_harness import (
     Transcript,
@@ -567,6 +567,20 @@ def test_a_step_that_breaks_late_fails_its_requests_and_no_other():
     again = run(engine, requests[0])["0"]
     assert again.started.num_cached_tokens == 0
     assert_as_expected(again, requests[0])
+
+
+def test_a_device_that_is_lost_ends_the_engine():
+    runner = LateRunner()
+    engine = make_engine(runner)
+    engine.submit(make_request())
+    engine.step()
+
+    def lose():
+        raise DeviceLostError("gone")
+
+    runner.collect = lose
+    with pytest.raises(DeviceLostError):
+        engine.step()
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "num_outputs": 2}])

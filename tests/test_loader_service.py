@@ -45,7 +45,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def digest_of(path: Path) -> str:
     data = path.read_bytes()
-    pieces = [hashlib.sha256(data[start : start + (4 << 20)]).digest() for start in range(0, len(data), 4 << 20)]
+    pieces = [hashlib.sha256(data[start : start + 16384]).digest() for start in range(0, len(data), 16384)]
     return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
@@ -67,6 +67,7 @@ async def test_a_model_is_loaded_described_and_freed(tmp_path: Path, gpt_oss: Pa
         assert model.config.rope.factor == WIDE_GPT_OSS.rope.factor
         status = await running.stub.GetStatus(loader_pb2.GetStatusRequest())
         assert (status.device, status.resident_bytes, status.num_leases) == ("cpu", model.resident_bytes, 0)
+        assert (list(status.resident_models), status.used_bytes) == (["small-gpt-oss"], 0)
         assert status.free_bytes > 0
         for key in ("small-gpt-oss", "oss", model.digest):
             assert (await running.stub.GetModel(loader_pb2.GetModelRequest(model=key))).model == model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mxgpt.cli.main import run
 from services.executor.backend import layouts_of, make_runner
 from shared.cuda_memory import CudaDevice, device_index
 from shared.errors import Reason, ServiceError
@@ -29,6 +30,16 @@ def test_the_loader_ends_with_one_sentence(tmp_path: Path, demo_gpt2: Path) -> N
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "ERROR" in line]
     assert "--device cuda:N" in line
+    assert "mxgpt[cuda]" in line
+
+
+def test_serve_says_it_before_it_starts_anything(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--device", "cuda:0", "--port", "0"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("mxgpt: --device cuda:N: ")
+    assert "install" in line
     assert "mxgpt[cuda]" in line
 
 

@@ -11,7 +11,7 @@ from services.executor.runner import NumpyRunner
 from services.executor.step import Runner
 from services.executor.weights import Weights
 from shared.cuda_layout import CUDA_LAYOUT
-from shared.cuda_memory import CudaDevice, device_index, gpu_unusable, import_readonly
+from shared.cuda_memory import GET_PACKAGES, CudaDevice, device_index, gpu_unusable, import_readonly
 from shared.descriptors import map_readonly
 from shared.layout import LAYOUTS
 from shared.manifest import Manifest
@@ -58,7 +58,7 @@ def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: En
         from services.executor.cuda.runner import CudaRunner
         from services.executor.cuda.weights import CudaWeights
     except ImportError as error:
-        raise gpu_unusable(f"PyCUDA can't be imported ({error})") from None
+        raise gpu_unusable(f"PyCUDA can't be imported ({error})", GET_PACKAGES) from None
     phases.lap("imports")
     device = Device(index)
     atexit.register(device.close)

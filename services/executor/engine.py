@@ -33,7 +33,7 @@ from services.executor.request import (
 )
 from services.executor.scheduler import Scheduler
 from services.executor.sequence import ActiveRequest, Sequence
-from services.executor.step import Runner
+from services.executor.step import DeviceLostError, Runner
 from shared.errors import Reason, ServiceError, invalid_field
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
@@ -129,7 +129,11 @@ class Engine:
         return True
 
     def step(self) -> list[Event]:
-        """Launch the next step, then take in the oldest that runs, unless the runner can hold one more."""
+        """Launch the next step, then take in the oldest that runs, unless the runner can hold one more.
+
+        Raises:
+            DeviceLostError: nothing can be run any more.
+        """
         step_time = self._clock()
         events = self._tell_ended(step_time)
         plan = self._scheduler.schedule()
@@ -195,6 +199,8 @@ class Engine:
         """Give a step to the runner."""
         try:
             self._runner.launch(plan.batch, plan.draws)
+        except DeviceLostError:
+            raise
         except Exception:
             return self._fail_step(plan)
         self._scheduler.launch(plan)
@@ -207,6 +213,8 @@ class Engine:
         self._scheduler.collect(plan)
         try:
             outcomes = read_result(plan, self._runner.collect())
+        except DeviceLostError:
+            raise
         except Exception:
             return self._fail_step(plan)
         self._num_steps += 1
@@ -250,7 +258,8 @@ class Engine:
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed
-        self._num_prompt_tokens += max(0, min(num_tokens, num_prompt_left))
+        if num_prompt_left > 0:
+            self._num_prompt_tokens += min(num_tokens, num_prompt_left)
         if num_tokens >= num_prompt_left:
             sequence.active.is_prompt_computed = True
         sequence.num_computed += num_tokens

@@ -7,6 +7,8 @@ weights. It ends when the other end is closed, so it never outlives its server.
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import signal
 import socket
 import sys
@@ -26,8 +28,11 @@ from services.executor.messages import (
     Submit,
 )
 from services.executor.request import RequestFailed
+from services.executor.step import DeviceLostError
 from shared.errors import Reason, ServiceError
 from shared.logs import set_up_logs
+
+log = logging.getLogger(__name__)
 
 
 def main(socket_descriptor: int) -> None:
@@ -40,6 +45,9 @@ def main(socket_descriptor: int) -> None:
         engine = _start(connection, setup)
         if engine is not None:
             _run(connection, engine)
+    except DeviceLostError:
+        log.exception("the device is lost")
+        os._exit(1)  # at once: its memory can't be freed in order
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

@@ -187,8 +187,16 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
         watched.submitted()
         return Generation(
-            *(engine_request, request_id, caller, model.origin, form, vocabulary, model.pipe),
-            *(cancel_output, watched.finished),
+            engine_request,
+            request_id,
+            caller,
+            model.origin,
+            form,
+            vocabulary,
+            model.pipe,
+            cancel_output,
+            watched.finished,
+            self.generations.delta_interval,
         )
 
     async def _prompt(self, model: _Model, request: Any) -> tuple[int, ...]:

@@ -87,6 +87,10 @@ class KVGroup:
     window: int  # positions a query sees, itself included; 0: all
 
 
+class DeviceLostError(Exception):
+    """The device runs nothing any more: the engine's process ends, and its requests go on elsewhere."""
+
+
 class Runner(Protocol):
     """Runs a model over KV blocks that it owns."""
 
@@ -104,7 +108,8 @@ class Runner(Protocol):
     def launch(self, batch: StepBatch, draws: Draws) -> None:
         """Start a step: write the KV of every row, then draw. The batch has at least one row.
 
-        What is raised here has changed nothing that later steps read.
+        Raises:
+            DeviceLostError: as `collect`. Whatever else is raised concerns this step alone.
         """
         ...
 

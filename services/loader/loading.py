@@ -30,6 +30,7 @@ from shared.phases import Phases
 log = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 256
+NUM_REPORTS = 200  # of a load's progress, about
 
 
 class Stage(enum.Enum):
@@ -200,6 +201,7 @@ class _Counter:
         self._stop = stop
         self._lock = Lock()
         self._bytes_done = 0
+        self._bytes_reported = 0
 
     def add(self, num_bytes: int) -> None:
         """More file bytes are placed.
@@ -211,8 +213,11 @@ class _Counter:
             raise StoppedError
         with self._lock:
             self._bytes_done += num_bytes
-            stage = Stage.WEIGHTS if self._bytes_done < self.bytes_total else Stage.SEAL
-            self._report(Progress(stage, self._bytes_done, self.bytes_total))
+            is_done = self._bytes_done == self.bytes_total
+            if is_done or self._bytes_done - self._bytes_reported >= self.bytes_total // NUM_REPORTS:
+                self._bytes_reported = self._bytes_done
+                stage = Stage.SEAL if is_done else Stage.WEIGHTS
+                self._report(Progress(stage, self._bytes_done, self.bytes_total))
 
 
 def _require_below(root: Path | None, path: Path) -> None:

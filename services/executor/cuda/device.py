@@ -6,7 +6,8 @@ context that is still on the stack when a process ends aborts it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from services.executor.cuda.kernels import SOURCES, Entry
+from services.executor.step import DeviceLostError
 from shared.cuda_compile import Compiler, Module, architecture
 from shared.errors import Reason, ServiceError
 
@@ -114,6 +116,20 @@ class Device:
         event = cuda.Event(cuda.event_flags.DISABLE_TIMING)
         event.record(self.stream)
         return event
+
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """Errors of the GPU within become DeviceLostError: after one of them no call on the context succeeds.
+
+        Raises:
+            DeviceLostError
+        """
+        try:
+            yield
+        except cuda.MemoryError:
+            raise
+        except cuda.Error as error:
+            raise DeviceLostError(f"the GPU failed: {error}") from error
 
     def synchronize(self) -> None:
         """Wait until everything on the stream is done."""

@@ -4,12 +4,13 @@
 where they were drawn, and what the host is to read comes back behind the step. So the GPU always has the next
 step before it has finished one. Two sets of page-locked arrays take turns.
 
-Steps in which every sequence has one token run as a CUDA graph of their shape, captured when the shape first occurs;
-their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
+Steps in which every sequence has one token run as a CUDA graph of their shape, captured at the start or when the shape
+first occurs; their rows are filled up to the next of `GRAPH_ROWS`, so that there are few shapes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,7 @@ class CudaRunner:
         self._graphs: dict[Shape, Graph] = {}
         self._in_flight: deque[Launched] = deque()
         self._num_launched = 0
+        self._capture_ahead(max_sequences, num_blocks[FULL])
         device.synchronize()
 
     @property
@@ -137,26 +139,12 @@ class CudaRunner:
         return self._kv_bytes
 
     def launch(self, batch: StepBatch, draws: Draws) -> None:
-        assert 1 <= len(batch.token_ids) <= self._max_rows
-        buffer = self._buffers[self._num_launched % self.depth]
-        shape = self.shape_of(batch)
-        step, rows = self._upload(batch, shape, draws, buffer)
-        self._sampler.take_seats(draws)
-        wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
-        if self._is_graph(batch):
-            self.graph(shape).launch()
-            self._draw(rows, 0, len(batch.logits_rows))
-            wanted.read(0, len(batch.logits_rows))
-        else:
-            self._run_pieces(step, rows, wanted)
-        token_ids = buffer.token_ids[: len(batch.logits_rows)]
-        if len(token_ids):
-            self._device.download(self._sampler.token_ids, token_ids)
-        self._in_flight.append(Launched(self._device.mark(), token_ids, draws.rows, wanted))
-        self._num_launched += 1
+        with self._device.losing():
+            self._launch(batch, draws)
 
     def collect(self) -> StepResult:
-        return self._in_flight.popleft().result()
+        with self._device.losing():
+            return self._in_flight.popleft().result()
 
     def forward(self, batch: StepBatch) -> NDArray[np.float32]:
         """Write the KV of every row, and wait for it; logits (num_logits, vocab_size)."""
@@ -170,15 +158,14 @@ class CudaRunner:
         """The shape under which a batch runs: rounded up where steps are to share a graph."""
         num_rows, num_logits, num_sequences = len(batch.token_ids), len(batch.logits_rows), len(batch.sequences)
         longest = max(sequence.context_length for sequence in batch.sequences)
-        table_width = 1 << max(3, (-(-longest // self._block_size) - 1).bit_length())
-        tile_rows = 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+        table_width = _table_width(-(-longest // self._block_size))
+        tile_rows = self._tile_rows
         if not self._is_graph(batch):
             tokens, wide = item_tokens(self._config, tile_rows), wide_tokens(self._config)
             num_wide, num_narrow = count_items(batch, tokens, wide)
             num_items = num_wide + num_narrow
             return Shape(num_rows, num_logits, num_sequences, num_items, table_width, tile_rows, 1, num_wide, wide)
-        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
-        return Shape(rows, rows, rows, rows, table_width, tile_rows, self._num_splits(rows, table_width))
+        return self._decode_shape(num_rows, table_width)
 
     def graph(self, shape: Shape) -> Graph:
         """The graph of a decoding step of this shape: from the last tokens to the best next ones."""
@@ -198,6 +185,23 @@ class CudaRunner:
             graph.destroy()
         self._graphs.clear()
 
+    @property
+    def _tile_rows(self) -> int:
+        return 16 if self._config.num_heads // self._config.num_kv_heads <= 16 else 32
+
+    def _decode_shape(self, num_rows: int, table_width: int) -> Shape:
+        rows = next(rows for rows in GRAPH_ROWS if rows >= num_rows)
+        return Shape(rows, rows, rows, rows, table_width, self._tile_rows, self._num_splits(rows, table_width))
+
+    def _capture_ahead(self, max_sequences: int, num_blocks: int) -> None:
+        """The graphs of any number of short contexts and of one context of any length: what first requests need."""
+        for rows in GRAPH_ROWS[: bisect_left(GRAPH_ROWS, max_sequences) + 1]:
+            self.graph(self._decode_shape(rows, _table_width(1)))
+        width = _table_width(1)
+        while width < min(num_blocks, -(-self._config.context_length // self._block_size)):
+            width *= 2
+            self.graph(self._decode_shape(1, width))
+
     def _num_splits(self, num_rows: int, table_width: int) -> int:
         """Splits of a sequence's positions: enough blocks to fill the GPU, each with work for its warps."""
         if num_rows > SMALL_ROWS:
@@ -205,6 +209,25 @@ class CudaRunner:
         chunks = table_width * self._block_size // BLOCK_MULTIPLE
         wanted = BUSY_BLOCKS * self._device.num_multiprocessors // (num_rows * self._config.num_kv_heads)
         return max(1, min(MAX_SPLITS, wanted, chunks // SPLIT_CHUNKS))
+
+    def _launch(self, batch: StepBatch, draws: Draws) -> None:
+        assert 1 <= len(batch.token_ids) <= self._max_rows
+        buffer = self._buffers[self._num_launched % self.depth]
+        shape = self.shape_of(batch)
+        step, rows = self._upload(batch, shape, draws, buffer)
+        self._sampler.take_seats(draws)
+        wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
+        if self._is_graph(batch):
+            self.graph(shape).launch()
+            self._draw(rows, 0, len(batch.logits_rows))
+            wanted.read(0, len(batch.logits_rows))
+        else:
+            self._run_pieces(step, rows, wanted)
+        token_ids = buffer.token_ids[: len(batch.logits_rows)]
+        if len(token_ids):
+            self._device.download(self._sampler.token_ids, token_ids)
+        self._in_flight.append(Launched(self._device.mark(), token_ids, draws.rows, wanted))
+        self._num_launched += 1
 
     def _is_graph(self, batch: StepBatch) -> bool:
         """Whether every sequence has one token and logits of every row are wanted."""
@@ -249,8 +272,13 @@ class CudaRunner:
 
     def _max_ints(self, max_rows: int, max_sequences: int) -> int:
         blocks = -(-self._config.context_length // self._block_size)
-        tables = round_up(max_sequences, GRAPH_ROWS[0]) * (1 << max(3, (blocks - 1).bit_length()))
+        tables = round_up(max_sequences, GRAPH_ROWS[0]) * _table_width(blocks)
         return (8 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
+
+
+def _table_width(num_blocks: int) -> int:
+    """Logical blocks of a table in steps that share a graph: a power of two."""
+    return 1 << max(3, (num_blocks - 1).bit_length())
 
 
 def _check(config: GPTConfig, block_size: int) -> None:

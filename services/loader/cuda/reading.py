@@ -58,7 +58,6 @@ class SpanReader:
         self._free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         self._next = iter(range(len(self._spans)))
         self._lock = Lock()
-        self._files = ExitStack()
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, "read")
         for buffer in buffers:
@@ -69,8 +68,10 @@ class SpanReader:
         Raises:
             ServiceError: MODEL_CHANGED if a file is not the one that was parsed.
         """
-        indices = range(len(self._file.paths))
-        self._descriptors = [self._files.enter_context(open_unchanged(self._file, index)) for index in indices]
+        with ExitStack() as files:
+            indices = range(len(self._file.paths))
+            self._descriptors = [files.enter_context(open_unchanged(self._file, index)) for index in indices]
+            self._files = files.pop_all()
         for _ in range(self._num_threads):
             self._pool.submit(self._read_all)
         return self

@@ -7,7 +7,7 @@
 // third one value. Bytes moved: the blocks once (through the first cache), the planes once.
 // Every block is checked on its way: found[0] becomes the lowest index of one that is not finite, found[1] the largest
 // magnitude, as a float's bits, of those past half's range in families that are rounded to half later.
-// Launch: threads of 256 that cover the items, no preconditions on alignment.
+// Launch: blocks of 256 threads that cover the items, fewer than 2^32; num_upper is 1 or 2. Blocks may lie at any byte.
 #include "blocks.cuh"
 
 constexpr float MAX_HALF = 65504.0f;
@@ -55,19 +55,20 @@ template <int FAMILY>
 __device__ __forceinline__ void repack_octet(const Byte* window, Word64 mask, Word64 start, char* quants, char* scales,
                                              char* minima, Word64* found, Word64 first_strip, int num_strips, int rows,
                                              int columns, int strips_per_matrix, int num_upper) {
-    const int num_tiles = (columns + 63) / 64;
-    const Word64 item = static_cast<Word64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const Word64 per_strip = static_cast<Word64>(num_tiles) * 64 * num_upper;
-    if (item >= per_strip * num_strips) return;
-    const int u = item % num_upper, b = item / num_upper % 2, t = item / (2 * num_upper) % 4, g = item / (8 * num_upper) % 8;
-    const Word64 tile = first_strip * num_tiles + item / (64 * num_upper);
-    const Word64 strip = tile / num_tiles;
-    const int matrix_row = static_cast<int>(strip % strips_per_matrix) * 8 * num_upper + 8 * u + g;
-    const int column = static_cast<int>(tile % num_tiles) * 64 + 32 * b + 8 * t;
+    const unsigned num_tiles = (columns + 63) / 64;
+    const unsigned item = blockIdx.x * blockDim.x + threadIdx.x, octet = item >> (num_upper - 1);
+    const unsigned u = item & (num_upper - 1), b = octet & 1, t = octet >> 1 & 3, g = octet >> 3 & 7;
+    const unsigned tile_here = octet >> 6;  // counted from first_strip's first; in 32 bits, as divisions by 64 are slow
+    if (tile_here >= num_tiles * num_strips) return;
+    const unsigned strip_here = tile_here / num_tiles, column_tile = tile_here - strip_here * num_tiles;
+    const unsigned strip = static_cast<unsigned>(first_strip) + strip_here, matrix = strip / strips_per_matrix;
+    const Word64 tile = static_cast<Word64>(strip) * num_tiles + column_tile;
+    const int matrix_row = static_cast<int>((strip - matrix * strips_per_matrix) * 8 * num_upper + 8 * u + g);
+    const int column = static_cast<int>(column_tile * 64 + 32 * b + 8 * t);
     const bool is_inside = matrix_row < rows && column < columns;
     const int num_inside = is_inside ? min(8, columns - column) : 0;
 
-    const Word64 row = strip / strips_per_matrix * rows + matrix_row;
+    const Word64 row = static_cast<Word64>(matrix) * rows + matrix_row;
     const Word64 blocks_per_row = columns / BLOCK_SIZE;
     const Word64 first_block = row * blocks_per_row + column / BLOCK_SIZE;
     Block block{window, mask, start + first_block * BLOCK_BYTES};
@@ -142,12 +143,12 @@ __device__ __forceinline__ void repack_octet(const Byte* window, Word64 mask, Wo
         Word64 first_strip, int num_strips, /* counted through all matrices */                                         \
         int rows, int columns, int strips_per_matrix, int num_upper /* halves of a strip that it fills */
 
-extern "C" __global__ void __launch_bounds__(256) repack(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(256, 4) repack(PARAMETERS) {
     repack_octet<OWN_FAMILY>(window, mask, start, quants, scales, minima, found, first_strip, num_strips, rows, columns,
                                   strips_per_matrix, num_upper);
 }
 
-extern "C" __global__ void __launch_bounds__(256) expand(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(256, 4) expand(PARAMETERS) {
     repack_octet<FAMILY_F32>(window, mask, start, quants, scales, minima, found, first_strip, num_strips, rows, columns,
                              strips_per_matrix, num_upper);
 }
