@@ -1,18 +1,19 @@
 """Attention of prompts at gpt-oss-20b's shapes, in TFLOP/s: `python -m benchmarks.bench_attention`.
 
 A prompt's rows from some position on, over random keys and values in blocks in random order; one full layer and one
-windowed. attention_prefill.cu is measured beside attention.cu.
+windowed. The kernels for prompts, attention_wgmma.cu and attention_prefill.cu, are measured beside attention.cu.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 
 import numpy as np
 
 from benchmarks.bench_cuda import BLOCK_SIZE, GPT_OSS_20B
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kernels import ATTENTION_WGMMA_BYTES, modules_of
 from services.executor.cuda.kv import make_items
 from services.executor.cuda.ops import item_tokens, wide_tokens
 from services.executor.step import SequenceSlice, StepBatch
@@ -25,7 +26,7 @@ def main() -> None:
     try:
         modules = modules_of(GPT_OSS_20B, [])
         device.load({module: entries for module, entries in modules.items() if "attention" in module.source})
-        print(f"{device.name}: first position, rows; microseconds, TFLOP/s of what is seen")
+        print(f"{device.name}: first position, rows; us and TFLOP/s of what is seen: wgmma, prefill, decode kernel")
         for start, num_rows in SIZES:
             measure(device, start, num_rows)
     finally:
@@ -51,32 +52,36 @@ def measure(device: Device, start: int, num_rows: int) -> None:
     for address, part in zip(addresses, sources, strict=True):
         device.upload(address, part)
     queries_at, keys, values, narrow_at, wide_at, table_at, sinks_at = addresses
-    out = [device.allocate(2 * num_rows * config.query_size) for _ in range(2)]
+    out = [device.allocate(2 * num_rows * config.query_size) for _ in range(3)]
     counters = device.allocate(4 * len(narrow) * config.num_kv_heads)
     for window in (0, config.sliding_window):
         sizes = (config.num_heads, config.num_kv_heads, BLOCK_SIZE, num_blocks, window, config.query_size)
 
-        def run_wide(sizes: tuple[int, ...] = sizes) -> None:
-            arguments = (queries_at, keys, values, wide_at, table_at, sinks_at, out[0], *sizes)
-            device.launch("attention_prefill", (config.num_kv_heads, len(wide), 1), 128, *arguments)
-
-        def run_narrow(sizes: tuple[int, ...] = sizes) -> None:
-            arguments = (queries_at, keys, values, narrow_at, table_at, sinks_at, out[1], 0, counters, *sizes)
-            device.launch("attention_2", (config.num_kv_heads, len(narrow), 1), 128, *arguments)
-
+        shared = (queries_at, keys, values)
+        grid = (config.num_kv_heads, len(wide), 1)
+        wgmma = (*shared, wide_at, table_at, sinks_at, out[0], *sizes)
+        prefill = (*shared, wide_at, table_at, sinks_at, out[1], *sizes, 0)
+        decode = (*shared, narrow_at, table_at, sinks_at, out[2], 0, counters, *sizes, 0)
+        runs = [
+            functools.partial(device.launch, "attention_wgmma", grid, 384, *wgmma, shared_bytes=ATTENTION_WGMMA_BYTES),
+            functools.partial(device.launch, "attention_prefill", grid, 128, *prefill),
+            functools.partial(device.launch, "attention_2", (config.num_kv_heads, len(narrow), 1), 128, *decode),
+        ]
         seen = np.arange(start + 1, start + num_rows + 1)
         flops = 4.0 * config.query_size * (np.minimum(seen, window) if window else seen).sum()
         taken = []
-        for run in (run_wide, run_narrow):
+        for run in runs:
             run()
             taken.append(statistics.median(device.measure(run) for _ in range(5)))
         found = [np.empty((num_rows, config.query_size), np.float16) for _ in out]
         for address, array in zip(out, found, strict=True):
             device.download(address, array)
         device.synchronize()
-        differs = float(np.abs(found[0].astype(np.float32) - found[1].astype(np.float32)).max())
+        # attention_wgmma.cu writes its rows spread (spread.cuh).
+        found[0] = found[0].reshape(num_rows, -1, 4, 4, 2).swapaxes(2, 3).reshape(found[0].shape)
+        differs = max(float(np.abs(one.astype(np.float32) - found[2]).max()) for one in found[:2])
         rates = ", ".join(f"{microseconds:.0f} us {flops / microseconds / 1e6:.0f}" for microseconds in taken)
-        print(f"{start:6} {num_rows:6} window {window:4}: prefill, decode kernel: {rates}; differ by {differs:.1e}")
+        print(f"{start:6} {num_rows:6} window {window:4}: {rates}; differ by {differs:.1e}")
 
 
 if __name__ == "__main__":

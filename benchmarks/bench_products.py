@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import product_modules, wgmma_strips
+from services.executor.cuda.kernels import product_modules, wgmma_stages, wgmma_strips
 from shared.cuda_layout import TILES, Family
 
 NUM_EXPERTS, NUM_USED, HIDDEN, GROUP_ROWS = 32, 4, 2880, 128
@@ -80,8 +80,10 @@ class Problem:
         self.groups, self.row_ids = np.zeros((0, 4), np.int32), np.arange(self.num_rows, dtype=np.int32)
         if is_grouped:
             self._route(random, num_tokens, gathers)
-        self.addresses = [device.allocate(part.nbytes) for part in (self.x, self.row_ids, self.groups)]
-        for address, part in zip(self.addresses, (self.x, self.row_ids, self.groups), strict=True):
+        spread_x = self.x.reshape(len(self.x), -1, 4, 4, 2).swapaxes(2, 3)  # as spread.cuh says
+        sources = (self.x, spread_x.reshape(self.x.shape), self.row_ids, self.groups)
+        self.addresses = [device.allocate(part.nbytes) for part in sources]
+        for address, part in zip(self.addresses, sources, strict=True):
             device.upload(address, part)
         self.out = device.allocate(self.num_rows * self.outputs * self.item.itemsize)
         device.synchronize()
@@ -101,9 +103,9 @@ class Problem:
         groups += [(0, 0, 0, 0)] * (min(self.num_rows, NUM_EXPERTS + self.num_rows // GROUP_ROWS) - len(groups))
         self.groups = np.array(groups, np.int32)
 
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self, is_spread: bool) -> tuple[int, ...]:
         quants, scales, bias = self.weights.addresses
-        x, row_ids, groups = self.addresses
+        x, row_ids, groups = self.addresses[is_spread], *self.addresses[2:]
         routed = (row_ids if len(self.x) < self.num_rows else 0, groups) if self.is_grouped else (0, 0)
         addresses = (quants, scales, 0, bias, bias, x, self.out, *routed)
         return (
@@ -119,7 +121,7 @@ class Problem:
         strips = self.weights.num_strips
         tiles = len(self.groups) if self.is_grouped else -(-self.num_rows // 128)
         grid = (-(-strips // 8), tiles, 1)
-        self.device.launch(f"product_tiled_{self.weights.family.name}", grid, 256, *self.arguments(), strips)
+        self.device.launch(f"product_tiled_{self.weights.family.name}", grid, 256, *self.arguments(False), strips)
 
     def run_wgmma(self, strips_per_warp: int, tile_rows: int, suffix: str = "") -> None:
         strips = self.weights.num_strips
@@ -127,13 +129,17 @@ class Problem:
         tiles = rows * -(-strips // (8 * strips_per_warp))
         name = f"product_wgmma_{strips_per_warp}_{self.weights.family.name}{suffix}"
         grid = (min(tiles, self.device.num_multiprocessors), 1, 1)
-        self.device.launch(name, grid, 384, *self.arguments(), strips, tile_rows, rows)
+        shared_bytes = wgmma_stages(self.weights.family)[1]
+        sizes = (strips, tile_rows, rows)
+        self.device.launch(name, grid, 384, *self.arguments(True), *sizes, shared_bytes=shared_bytes)
 
     def error(self) -> float:
         """The largest error of sampled strips, relative to the sum of the products' sizes."""
         found = np.empty((self.num_rows, self.outputs), self.item)
         self.device.download(self.out, found)
         self.device.synchronize()
+        if self.item == np.float16:
+            found = found.reshape(self.num_rows, -1, 4, 4, 2).swapaxes(2, 3).reshape(found.shape)
         random, worst = np.random.default_rng(5), 0.0
         groups = self.groups[self.groups[:, 2] > 0] if self.is_grouped else np.array([(0, 0, self.num_rows, 0)])
         for strip in {0, self.weights.num_strips - 1, *random.integers(0, self.weights.num_strips, 4).tolist()}:

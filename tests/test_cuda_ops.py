@@ -37,25 +37,35 @@ def make_ops(device, config, max_rows=256, block_size=32):
     return CudaOps(device, config, Workspace(device, config, max_rows, max_rows), block_size)
 
 
-def halves(device, values):
+def halves(device, values, is_spread=False):
     """Rows of half on the device, padded with zeros, and as float64."""
     from services.executor.cuda.ops import Halves
 
     rows, width = values.shape
     padded = np.zeros((rows, -(-width // 64) * 64), np.float16)
     padded[:, :width] = values
-    return Halves(upload(device, padded), rows, width), padded[:, :width].astype(np.float64)
+    address = upload(device, spread(padded) if is_spread else padded)
+    return Halves(address, rows, width, is_spread), padded[:, :width].astype(np.float64)
 
 
-def product_bound(x, weights, type):
+def spread(values):
+    """Rows with their columns as spread.cuh puts them, and back; whole 32 columns."""
+    return values.reshape(len(values), -1, 4, 4, 2).swapaxes(2, 3).reshape(len(values), -1)
+
+
+def skip_unless_hopper(device):
+    if device.capability != (9, 0):
+        pytest.skip("product_wgmma.cu runs on devices of compute capability 9.0")
+
+
+def product_bound(x, weights, type, is_spread=False):
     """How far a product may be off: additions in float, and for types that are not exact in half their rounding.
 
-    Of many rows' products INT8's weights are rounded too, once their scales are multiplied in.
+    product_wgmma.cu, to which spread rows go, rounds INT8's weights too, once their scales are multiplied in.
     """
     sums = np.abs(x) @ np.abs(weights).T
-    is_exact = (
-        type == GGMLType.F16 or FAMILIES[type].name == "MXFP4" or (FAMILIES[type].name == "INT8" and len(x) <= 64)
-    )
+    family = FAMILIES[type].name
+    is_exact = family in ("F16", "MXFP4") or (family == "INT8" and not is_spread)
     return sums * ((0 if is_exact else HALF_STEP) + (x.shape[1] / 16 + 16) * FLOAT_STEP) + 1e-6
 
 
@@ -81,9 +91,12 @@ def product_bound(x, weights, type):
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_products(device, type, outputs, inputs, num_rows):
+@pytest.mark.parametrize("is_spread", [False, True], ids=["", "spread"])
+def test_products(device, type, outputs, inputs, num_rows, is_spread):
     from services.executor.cuda.ops import Epilogue
 
+    if is_spread:
+        skip_unless_hopper(device)
     random = np.random.default_rng(outputs * num_rows)
     weights, held = make_weights(
         device, [[("w.weight", (random.standard_normal((outputs, inputs)) / 16).astype(np.float32), type)]]
@@ -92,11 +105,11 @@ def test_products(device, type, outputs, inputs, num_rows):
     bias = random.standard_normal(outputs).astype(np.float32)
     load(device, TINY_GPT2, [FAMILIES[type]])
     ops = make_ops(device, TINY_GPT2)
-    x, exact = halves(device, random.standard_normal((num_rows, inputs)))
+    x, exact = halves(device, random.standard_normal((num_rows, inputs)), is_spread)
     from services.executor.cuda.weights import Vector
 
     product = ops.linear(x, weights.matrix("w.weight"), Vector((upload(device, bias),), (outputs,)))
-    bound, expected = product_bound(exact, matrix, type), exact @ matrix.T + bias
+    bound, expected = product_bound(exact, matrix, type, is_spread), exact @ matrix.T + bias
     pitch = outputs + 3
     out = upload(device, np.full((num_rows + 2, pitch), CANARY))
     ops.run(product, out, pitch, Epilogue.STORE)
@@ -107,9 +120,11 @@ def test_products(device, type, outputs, inputs, num_rows):
     ops.run(product, out, pitch, Epilogue.RESIDUAL)
     twice = download(device, out, (num_rows + 2, pitch), np.float32)
     assert_within(twice[:num_rows, :outputs], 2 * expected, 2 * bound + np.abs(expected) * 1e-6)
+    pitch = -(-outputs // 64) * 64 + 64
     out = upload(device, np.full((num_rows + 2, pitch), 7.0, np.float16))
     ops.run(product, out, pitch, Epilogue.GELU)
     found = download(device, out, (num_rows + 2, pitch), np.float16)
+    found = spread(found) if is_spread else found
     assert_within(found[:num_rows, :outputs], gelu(expected), 1.2 * bound + np.abs(expected) * HALF_STEP + 2e-6)
     assert (found[num_rows:] == 7).all()
     assert (found[:, outputs:] == 7).all()
@@ -117,18 +132,20 @@ def test_products(device, type, outputs, inputs, num_rows):
         assert np.abs(twice[:num_rows, :outputs] - 2 * expected).max() <= 0.01 * np.abs(2 * expected).max()
 
 
-@pytest.mark.parametrize("num_rows", [2, 70])
+@pytest.mark.parametrize(("num_rows", "is_spread"), [(2, False), (70, False), (70, True)])
 @pytest.mark.parametrize("extreme", [30, 64, 127, 200])
-def test_mxfp4_scales_of_any_size(device, extreme, num_rows):
+def test_mxfp4_scales_of_any_size(device, extreme, num_rows, is_spread):
     """Powers of two far from one: nothing is flushed, nothing overflows before it must."""
     from services.executor.cuda.ops import Epilogue
 
+    if is_spread:
+        skip_unless_hopper(device)
     random = np.random.default_rng(extreme)
     values = np.ldexp(random.standard_normal((32, 64)), extreme - 127).astype(np.float32)
     weights, held = make_weights(device, [[("w.weight", values, GGMLType.MXFP4)]])
     load(device, TINY_GPT2, [FAMILIES[GGMLType.MXFP4]])
     ops = make_ops(device, TINY_GPT2)
-    x, exact = halves(device, random.standard_normal((num_rows, 64)))
+    x, exact = halves(device, random.standard_normal((num_rows, 64)), is_spread)
     out = upload(device, np.zeros((num_rows, 32), np.float32))
     ops.run(ops.linear(x, weights.matrix("w.weight")), out, 32, Epilogue.STORE)
     found = download(device, out, (num_rows, 32), np.float32)
@@ -136,11 +153,13 @@ def test_mxfp4_scales_of_any_size(device, extreme, num_rows):
     assert_within(found, exact @ matrix.T, np.abs(exact) @ np.abs(matrix).T * 2.0**-16 + 1e-44)
 
 
-@pytest.mark.parametrize("num_rows", [2, 70, 200])
-def test_mxfp4_blocks_far_smaller_than_their_row(device, num_rows):
+@pytest.mark.parametrize(("num_rows", "is_spread"), [(2, False), (70, False), (70, True), (200, True)])
+def test_mxfp4_blocks_far_smaller_than_their_row(device, num_rows, is_spread):
     """Blocks 2^-20 of the row's largest count in full where x is zero at all others."""
     from services.executor.cuda.ops import Epilogue
 
+    if is_spread:
+        skip_unless_hopper(device)
     random = np.random.default_rng(num_rows)
     values = random.standard_normal((48, 192)).astype(np.float32)
     values[:, 64:] *= 2.0**-20
@@ -149,7 +168,7 @@ def test_mxfp4_blocks_far_smaller_than_their_row(device, num_rows):
     ops = make_ops(device, TINY_GPT2)
     rows = random.standard_normal((num_rows, 192))
     rows[:, :64] = 0
-    x, exact = halves(device, rows)
+    x, exact = halves(device, rows, is_spread)
     out = upload(device, np.zeros((num_rows, 48), np.float32))
     ops.run(ops.linear(x, weights.matrix("w.weight")), out, 48, Epilogue.STORE)
     matrix = held["w.weight"].astype(np.float64)
@@ -172,22 +191,23 @@ def test_embedding_rows(device, type):
     assert_within(download(device, x.address, (50, 512), np.float32), expected, np.abs(expected) * HALF_STEP + 6e-8)
 
 
+@pytest.mark.parametrize("num_rows", [7, 70])
 @pytest.mark.parametrize("size", [1, 90, 255, 2880])
-def test_norms(device, size):
+def test_norms(device, size, num_rows):
     from services.executor.cuda.ops import Floats
     from services.executor.cuda.weights import Vector
 
     config = replace(TINY_GPT2, hidden_size=size, num_heads=1, num_kv_heads=1, head_size=size)
     random = np.random.default_rng(size)
     load(device, TINY_GPT2, [])
-    ops = make_ops(device, config, 8) if size < 129 else make_ops(device, replace(TINY_GPT_OSS, hidden_size=size), 8)
-    values = (random.standard_normal((7, size)) * 30 + 5).astype(np.float32)
+    ops = make_ops(device, config if size < 129 else replace(TINY_GPT_OSS, hidden_size=size), num_rows + 1)
+    values = (random.standard_normal((num_rows, size)) * 30 + 5).astype(np.float32)
     weight, bias = (random.standard_normal(size).astype(np.float32) for _ in range(2))
-    x = Floats(upload(device, values), 7, size)
+    x = Floats(upload(device, values), num_rows, size)
     vectors = [Vector((upload(device, vector),), (size,)) for vector in (weight, bias)]
     exact = values.astype(np.float64)
     roots = np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
-    assert_halves(device, ops.halves(ops.rms_norm(x, vectors[0])), exact / roots * weight)
+    assert_halves(device, ops.halves(ops.rms_norm(x, vectors[0]), is_spread=num_rows > 64), exact / roots * weight)
     centred = exact - exact.mean(axis=1, keepdims=True)
     roots = np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5)
     slack = np.abs(values).max() * 2.0**-20 / roots * np.abs(weight)  # the mean's own rounding
@@ -196,6 +216,7 @@ def test_norms(device, size):
 
 def assert_halves(device, normed, expected, slack=0.0):
     found = download(device, normed.address, (normed.num_rows, normed.pitch), np.float16)
+    found = spread(found) if normed.is_spread else found
     bound = np.abs(expected) * HALF_STEP * 1.01 + slack + 1e-6
     assert_within(found[:, : normed.width], expected, bound)
     assert (found[:, normed.width :] == 0).all()
@@ -288,7 +309,8 @@ class AttentionCheck:
         replaced = replace(self.kv, window=self.window)
         heads = self.ops.attention(queries, replaced, step, self.sinks_vector)
         assert isinstance(heads, Halves)
-        found = download(device, heads.address, (rows, heads.pitch), np.float16)[:, : heads.width]
+        found = download(device, heads.address, (rows, heads.pitch), np.float16)
+        found = (spread(found) if heads.is_spread else found)[:, : heads.width]
         assert np.isfinite(found).all()
         expected = self.reference(qkv, batch, [index for index, _ in work])
         largest = max(np.abs(values).max() for values in self.values if len(values))
@@ -331,13 +353,20 @@ class AttentionCheck:
 
 @pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.F32, GGMLType.Q6_K], ids=lambda t: t.name)
 @pytest.mark.parametrize(
-    ("num_rows", "is_normed"),
-    [(1, True), (2, True), (8, True), *((count, False) for count in (1, 7, 16, 31, 60, 65, 200, 700))],
+    ("num_rows", "kind"),
+    [
+        *((count, "normed") for count in (1, 2, 8)),
+        *((count, "") for count in (1, 7, 16, 31, 60, 65, 200, 700)),
+        *((count, "spread") for count in (65, 200, 700)),
+    ],
 )
-def test_experts(device, num_rows, is_normed, type):
+def test_experts(device, num_rows, kind, type):
     """Norm, router, choice, order, products, activation and sum, from rows of half to the residual."""
     from services.executor.cuda.ops import Floats
 
+    is_normed = kind == "normed"
+    if kind == "spread":
+        skip_unless_hopper(device)
     wide = type == GGMLType.Q6_K
     config = replace(
         TINY_GPT_OSS, hidden_size=256 if wide else 96, ffn_size=256 if wide else 160, num_experts=40 if wide else 12
@@ -367,7 +396,7 @@ def test_experts(device, num_rows, is_normed, type):
     held = {name.split(".", 2)[2]: array.astype(np.float64) for name, array in held.items()}
     load(device, config, weights.families)
     ops = make_ops(device, config, 700)
-    x, exact = halves(device, random.standard_normal((num_rows, hidden)) * 2)
+    x, exact = halves(device, random.standard_normal((num_rows, hidden)) * 2, kind == "spread")
     if is_normed:
         x, exact = normed_rows(device, random, num_rows, hidden)
     residual = random.standard_normal((num_rows + 1, hidden)).astype(np.float32)

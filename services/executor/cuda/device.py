@@ -24,7 +24,7 @@ from shared.errors import Reason, ServiceError
 Grid = tuple[int, int, int]
 # Kernels that hold more in shared memory than a block gets unasked. They also divide a multiprocessor's memory alike:
 # kernels that do not can't be on it at the same time, and none could start while the one before it ends.
-SHARING = ("product", "attention_decode", "normed_route")
+SHARING = ("product", "attention_decode", "attention_wgmma", "normed_route")
 PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from shared.cuda_compile import Module
-from shared.cuda_layout import Family
+from shared.cuda_layout import TILES, Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
@@ -21,24 +24,28 @@ EPILOGUES = ("store", "residual", "gelu", "swiglu")
 FEW_TYPES = "PPPPPPPPPPiiiiiiiiif"
 ROWS_TYPES = "PPPPPPPPPiiiiiiiii"
 TILED_TYPES = "PPPPPPPPPiiiiiii"
-WGMMA_STAGES = 10  # of 128 rows by 64 columns of x, in shared memory
-WGMMA_BYTES = WGMMA_STAGES * (128 * 64 * 2 + 24) + 1024  # stages and their barriers, and room to align them
+WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
+ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
+ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
+ATTENTION_WGMMA_STAGES = 3  # of 128 positions' keys and values, and eight dimensions of ones
+ATTENTION_WGMMA_BYTES = ATTENTION_WGMMA_STAGES * (128 * 64 * 2 + 128 * 72 * 2 + 16) + 1024
 
 
 def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Sequence[Entry]]:
     """Everything that a model of this config runs, its weights in these families."""
     head = (("HEAD_SIZE", config.head_size), ("HEAD_SIZE_PADDED", round_up(config.head_size, 32)))
-    attention = [("attention_1", "attention_1", "PPPPPPPPPiiiiii")]
+    attention = [("attention_1", "attention_1", "PPPPPPPPPiiiiiii")]
     if dict(head)["HEAD_SIZE_PADDED"] <= 64:
-        attention.append(("attention_2", "attention_2", "PPPPPPPPPiiiiii"))
+        attention.append(("attention_2", "attention_2", "PPPPPPPPPiiiiiii"))
     modules: dict[Module, Sequence[Entry]] = {
         Module("norm"): [("rms_norm", "rms_norm", "PPPiif"), ("layer_norm", "layer_norm", "PPPPiif")],
+        Module("norm_many"): [("rms_norm_many", "rms_norm_many", "PPPiifi")],
         Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,
-        Module("attention_decode", head): [("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiif")],
-        Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiii")],
+        Module("attention_decode", head): [("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiiif")],
+        Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiiii")],
         Module("sample"): [
             ("resolve_tokens", "resolve_tokens", "PPi"),
             ("take_best", "take_best", "PPPPPPi"),
@@ -54,6 +61,9 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("sum_kept", "sum_kept", "PPPPPi"),
         ],
     }
+    if dict(head)["HEAD_SIZE_PADDED"] == ATTENTION_WGMMA_HEAD:
+        constants = (*head, ("NUM_GROUPS", ATTENTION_WGMMA_GROUPS), ("NUM_STAGES", ATTENTION_WGMMA_STAGES))
+        modules[Module("attention_wgmma", constants)] = [("attention_wgmma", "attention_wgmma", "PPPPPPPiiiiii")]
     if config.num_experts:
         modules[Module("route")] = [
             ("router", "router", "PPPPiii"),
@@ -62,7 +72,8 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("normed_route", "normed_route", "PPPPPPPPPPPPiiiiiif"),
             ("combine", "combine", "PPPPii"),
         ]
-        modules[Module("router_many")] = [("router_many", "router_many", "PPPPiiii")]
+        modules[Module("combine_many")] = [("combine_many", "combine_many", "PPPPii")]
+        modules[Module("router_many")] = [("router_many", "router_many", "PPPPiiiii")]
         modules[Module("sort")] = [("sort_pairs", "sort_pairs", "PPPPiiiii")]
     for family in sorted(set(families)):
         modules |= product_modules(family)
@@ -74,8 +85,16 @@ def wgmma_strips(family: Family) -> Sequence[int]:
     return (1, 2) if family <= Family.INT8 else (1,)
 
 
-def wgmma_module(family: Family) -> Module:
-    return Module("product_wgmma", (("FAMILY", int(family)), ("NUM_STAGES", WGMMA_STAGES)))
+def strip_tile_bytes(family: Family) -> int:
+    """Of 16 outputs by 64 inputs in this family."""
+    return sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
+
+
+def wgmma_stages(family: Family) -> tuple[int, int]:
+    """How many stages of product_wgmma.cu shared memory holds, and their bytes with their barriers, to be aligned."""
+    stage = 128 * 64 * 2 + 8 * wgmma_strips(family)[-1] * strip_tile_bytes(family) + 16
+    num_stages = (WGMMA_SHARED - 1024) // stage
+    return num_stages, num_stages * stage + 1024
 
 
 def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
@@ -87,7 +106,7 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
             (f"product_rows_{tiles}_{suffix}", f"product_rows_{tiles}", ROWS_TYPES) for tiles in PRODUCT_TILES
         ],
         Module("product_tiled", constants): [(f"product_tiled_{suffix}", "product_tiled", TILED_TYPES)],
-        wgmma_module(family): [
+        Module("product_wgmma", (*constants, ("NUM_STAGES", wgmma_stages(family)[0]))): [
             (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", TILED_TYPES + "ii")
             for strips in wgmma_strips(family)
         ],

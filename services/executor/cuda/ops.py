@@ -13,7 +13,16 @@ import math
 from dataclasses import dataclass, replace
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES, WGMMA_BYTES, wgmma_strips
+from services.executor.cuda.kernels import (
+    ATTENTION_WGMMA_BYTES,
+    ATTENTION_WGMMA_HEAD,
+    EXACT,
+    ONE_DEPTH,
+    ONE_WARPS,
+    PRODUCT_TILES,
+    wgmma_stages,
+    wgmma_strips,
+)
 from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
 from services.executor.cuda.tiles import choose_tile
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
@@ -26,19 +35,24 @@ LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
 FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
-MANY_ROWS = 64  # past them routing and storing keys have kernels of their own
-GROUPED_ROWS = 512  # up to here experts have few rows each: product_rows.cu, else product_tiled.cu
+MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
+MAX_NORM = 8192  # values of a row that norm_many.cu takes
+HOPPER_GROUPED_ROWS = 256  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
 NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
 MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
+MANY_STRIP_ROWS = 16  # up to here product_rows.cu is the better one on Hopper even for a matrix of many strips
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
 MAX_PARTIALS = 1024  # of a decoding step's attention: rows, key heads and splits
 MAX_SPLITS = 64
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
 MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
+
+GROUP_LIMITS = ((16, 8), (64, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 
 # Bytes that a warp's lanes hold of a tile in a slot of their ring (weights.cuh).
 SLOT_BYTES = {
@@ -77,6 +91,7 @@ class Halves:
     address: int
     num_rows: int
     width: int
+    is_spread: bool = False  # columns in the order that product_wgmma.cu reads (spread.cuh)
 
     @property
     def pitch(self) -> int:
@@ -85,7 +100,7 @@ class Halves:
 
 @dataclass(frozen=True)
 class Normed:
-    """RMSNorm of at most FEW_ROWS rows, not run yet: what reads it can do it."""
+    """RMSNorm of rows, not run yet: what reads few of them does it, what reads many says how they are to lie."""
 
     x: Floats
     weight: Vector
@@ -232,19 +247,22 @@ class CudaOps:
             self._device.launch("add", (-(-count // 256), 1, 1), 256, x.address, y.address, count)
         return x
 
-    def rms_norm(self, x: Floats, weight: Vector) -> Halves | Normed:
-        normed = Normed(x, weight)
-        return normed if x.num_rows <= FEW_ROWS else self.halves(normed)
+    def rms_norm(self, x: Floats, weight: Vector) -> Normed:
+        return Normed(x, weight)
 
-    def halves(self, rows: Halves | Normed) -> Halves:
-        """Rows in half, their norm run if it has not been."""
+    def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
+        """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""
         if isinstance(rows, Halves):
             return rows
         x, weight = rows.x, rows.weight
-        normed = Halves(self._workspace.normed, x.num_rows, x.width)
+        is_wide = x.width % 4 == 0 and x.width <= MAX_NORM
+        normed = Halves(self._workspace.normed, x.num_rows, x.width, is_spread and is_wide and self._is_hopper)
         if x.num_rows:
             arguments = (x.address, weight.address, normed.address, x.width, normed.pitch, self._config.norm_epsilon)
-            self._device.launch("rms_norm", (x.num_rows, 1, 1), 256, *arguments)
+            if normed.is_spread or (x.num_rows > MANY_ROWS and is_wide):
+                self._device.launch("rms_norm_many", (x.num_rows, 1, 1), 256, *arguments, int(normed.is_spread))
+            else:
+                self._device.launch("rms_norm", (x.num_rows, 1, 1), 256, *arguments)
         return normed
 
     def layer_norm(self, x: Floats, weight: Vector, bias: Vector) -> Halves:
@@ -260,8 +278,9 @@ class CudaOps:
 
     def gelu(self, x: Product) -> Halves:
         assert isinstance(x.matrix, Matrix)
-        hidden = Halves(self._workspace.hidden, x.x.num_rows, x.matrix.num_outputs)
-        self.run(x, hidden.address, hidden.pitch, Epilogue.GELU)
+        rows = self.halves(x.x)
+        hidden = Halves(self._workspace.hidden, rows.num_rows, x.matrix.num_outputs, rows.is_spread)
+        self.run(replace(x, x=rows), hidden.address, hidden.pitch, Epilogue.GELU)
         return hidden
 
     def store_kv(self, qkv: Product, kv: KVLayer, step: CudaStep, *, rotate: bool) -> int | Unplaced:
@@ -288,7 +307,8 @@ class CudaOps:
 
     def attention(self, queries: int | Unplaced, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
         config, shape = self._config, step.shape
-        heads = Halves(self._workspace.heads, shape.num_rows, config.query_size)
+        is_spread = self._is_hopper and shape.num_rows > MANY_ROWS
+        heads = Halves(self._workspace.heads, shape.num_rows, config.query_size, is_spread)
         if isinstance(queries, Unplaced):
             self._attend_decoding(queries, kv, step, sinks, heads)
             return heads
@@ -297,7 +317,11 @@ class CudaOps:
         if shape.num_wide:
             addresses = (queries, kv.keys, kv.values, step.items, tables, sink_address, heads.address)
             grid = (config.num_kv_heads, shape.num_wide, 1)
-            self._device.launch("attention_prefill", grid, 128, *addresses, *sizes)
+            if is_spread and padded_head_size(config) == ATTENTION_WGMMA_HEAD:
+                shared_bytes = ATTENTION_WGMMA_BYTES
+                self._device.launch("attention_wgmma", grid, 384, *addresses, *sizes, shared_bytes=shared_bytes)
+            else:
+                self._device.launch("attention_prefill", grid, 128, *addresses, *sizes, is_spread)
         if shape.num_items > shape.num_wide:
             items = step.items + 16 * shape.num_wide
             self._device.launch(
@@ -306,7 +330,7 @@ class CudaOps:
                 128,
                 *(queries, kv.keys, kv.values, items, tables, sink_address),
                 *(heads.address, self._workspace.partials, self._workspace.counters),
-                *sizes,
+                *(*sizes, is_spread),
             )
         return heads
 
@@ -317,7 +341,9 @@ class CudaOps:
         assert bias is not None
         num_rows = x.num_rows
         pairs = num_rows * num_used
-        group_rows = TILED_ROWS if self._is_hopper and num_rows > SMALL_ROWS else _group_rows(num_rows)
+        if not (isinstance(x, Normed) and num_rows <= FEW_ROWS):
+            x = self.halves(x, num_rows > HOPPER_GROUPED_ROWS)
+        group_rows = TILED_ROWS if isinstance(x, Halves) and x.is_spread else _group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
             assert pairs <= SORTED_PAIRS
@@ -335,7 +361,8 @@ class CudaOps:
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
         if num_rows > MANY_ROWS:
             grid = (-(-num_rows // 32), -(-num_experts // 32), 1)
-            device.launch("router_many", grid, 256, *addresses, num_rows, num_experts, x.width, x.pitch)
+            numbers = (num_rows, num_experts, x.width, x.pitch, x.is_spread)
+            device.launch("router_many", grid, 256, *addresses, *numbers)
         else:
             device.launch("router", (num_experts, -(-num_rows // 8), 1), 256, *addresses, num_rows, x.width, x.pitch)
         routing = Routing(x, num_used, pairs, group_rows, max_groups)
@@ -359,7 +386,7 @@ class CudaOps:
         down_bias: Vector,
     ) -> ExpertSum | ExpertOutputs:
         workspace = self._workspace
-        hidden = Halves(workspace.hidden, routing.num_pairs, gate_up.num_outputs)
+        hidden = Halves(workspace.hidden, routing.num_pairs, gate_up.num_outputs, routing.x.is_spread)
         target = (hidden.address, hidden.pitch)
         if not routing.is_sorted:
             if self._takes_one(gate_up.family, 1, gate_up) and self._takes_one(down.family, routing.num_used, down):
@@ -385,7 +412,7 @@ class CudaOps:
         if isinstance(x, Normed):
             rows = Floats(x.x.address + 4 * start * x.width, stop - start, x.width)
             return replace(product, x=replace(x, x=rows))
-        return replace(product, x=Halves(x.address + 2 * start * x.pitch, stop - start, x.width))
+        return replace(product, x=replace(x, address=x.address + 2 * start * x.pitch, num_rows=stop - start))
 
     def run(self, product: Product, address: int, pitch: int, epilogue: Epilogue) -> None:
         """Run a product; its rows go to `address`, `pitch` values apart, or are added to what is there."""
@@ -409,16 +436,17 @@ class CudaOps:
         family, strips = part.family, part.num_strips
         planes, sizes = (part.quants, part.scales, part.minima, bias, 0), (part.num_outputs, matrix.num_column_tiles)
         blocks = min(strips, (ONE_BLOCKS if x.num_rows == 1 else 2) * self._device.num_multiprocessors)
-        if x.num_rows == 1 and self._takes_one(family, 1, matrix):
+        is_spread = isinstance(x, Halves) and x.is_spread
+        if x.num_rows == 1 and not is_spread and self._takes_one(family, 1, matrix):
             self._run_one(f"one_{epilogue.name.lower()}", family, (blocks, 1), planes, x, out, (*sizes, strips))
             return
-        if x.num_rows <= FEW_ROWS and self._takes_few(family, x.num_rows, matrix):
+        if x.num_rows <= FEW_ROWS and not is_spread and self._takes_few(family, x.num_rows, matrix):
             self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
             return
-        x = self.halves(x)
+        x = self.halves(x, x.num_rows > SMALL_ROWS or (x.num_rows > MANY_STRIP_ROWS and strips >= WHOLE_STRIPS))
         addresses = (*planes, x.address, address, 0, 0)
         numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
-        if x.num_rows > SMALL_ROWS and self._is_hopper:
+        if x.is_spread:
             self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
@@ -450,7 +478,7 @@ class CudaOps:
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
-        if routing.group_rows == TILED_ROWS and self._is_hopper:
+        if x.is_spread:
             self._launch_wgmma(family, strips, 0, addresses, numbers, num_groups)
         elif routing.group_rows == TILED_ROWS:
             grid = (-(-strips // NUM_WARPS), num_groups, 1)
@@ -587,7 +615,7 @@ class CudaOps:
             *(step.tables[kv.group], sinks.address if sinks else 0, kv.keys, kv.values),
             *(heads.address, workspace.partials, workspace.counters),
             *(config.num_heads, config.num_kv_heads, self._block_size, shape.table_width, kv.window, heads.pitch),
-            LOG2_E / math.sqrt(config.head_size),
+            *(heads.is_spread, LOG2_E / math.sqrt(config.head_size)),
             shared_bytes=decode_shared(padded_head_size(config)),
         )
 
@@ -602,19 +630,21 @@ class CudaOps:
     ) -> None:
         strips, rows = wgmma_strips(family)[-1], TILED_ROWS
         if num_groups == 0:
-            choices, num_processors = wgmma_strips(family), self._device.num_multiprocessors
-            strips, rows = choose_tile(num_rows, num_strips, numbers[4], family, choices, num_processors)
+            strips, rows = choose_tile(num_rows, num_strips, numbers[4], family, self._device.num_multiprocessors)
         num_row_tiles = num_groups or -(-num_rows // rows)
         num_tiles = num_row_tiles * -(-num_strips // (8 * strips))
         grid = (min(num_tiles, self._device.num_multiprocessors), 1, 1)
         name = f"product_wgmma_{strips}_{family.name}"
-        self._device.launch(name, grid, 384, *addresses, *numbers, rows, num_row_tiles, shared_bytes=WGMMA_BYTES)
+        shared_bytes = wgmma_stages(family)[1]
+        self._device.launch(name, grid, 384, *addresses, *numbers, rows, num_row_tiles, shared_bytes=shared_bytes)
 
     def _combine(self, x: Floats, outputs: ExpertOutputs) -> None:
         workspace = self._workspace
         addresses = (outputs.address, workspace.pair_places, workspace.expert_weights, x.address)
-        grid = (-(-x.width // 256), x.num_rows, 1)
-        self._device.launch("combine", grid, 256, *addresses, x.width, self._config.num_experts_used)
+        is_many = x.num_rows > MANY_ROWS and x.width % 4 == 0
+        name, columns = ("combine_many", 1024) if is_many else ("combine", 256)
+        grid = (-(-x.width // columns), x.num_rows, 1)
+        self._device.launch(name, grid, 256, *addresses, x.width, self._config.num_experts_used)
 
 
 def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:
@@ -647,11 +677,10 @@ def _row_tiles(num_rows: int) -> int:
 
 
 def _group_rows(num_rows: int) -> int:
-    """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each."""
-    for limit, group_rows in ((16, 8), (64, 16), (128, 32), (GROUPED_ROWS, 64)):
-        if num_rows <= limit:
-            return group_rows
-    return TILED_ROWS
+    """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each, so that few have two."""
+    if num_rows > GROUPED_ROWS:
+        return TILED_ROWS
+    return next(group_rows for limit, group_rows in GROUP_LIMITS if num_rows <= limit)
 
 
 def item_tokens(config: GPTConfig, tile_rows: int) -> int:

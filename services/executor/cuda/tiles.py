@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import numpy as np
-
-from shared.cuda_layout import TILES, Family
+from services.executor.cuda.kernels import strip_tile_bytes, wgmma_strips
+from shared.cuda_layout import Family
 
 TILE_ROWS = (32, 64, 96, 128)  # of x, that a tile can have
 STRIP_GROUP = 8  # warps that multiply; each takes one or two strips
@@ -20,11 +16,10 @@ def choose_tile(
     num_strips: int,
     column_tiles: int,
     family: Family,
-    strips_per_warp: Sequence[int],  # that a kernel takes
     num_multiprocessors: int,
 ) -> tuple[int, int]:
     """The strips of a warp and the rows of a tile that are reckoned to take the least time."""
-    tile_bytes = sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
+    tile_bytes = strip_tile_bytes(family)
 
     def cycles(choice: tuple[int, int]) -> float:
         strips, rows = choice
@@ -35,4 +30,4 @@ def choose_tile(
         fetch = (rows * 128 + strips * STRIP_GROUP * tile_bytes) / ROUND_BYTES
         return rounds * (column_tiles * max(multiply, fetch) + START)
 
-    return min(((strips, rows) for strips in strips_per_warp for rows in TILE_ROWS), key=cycles)
+    return min(((strips, rows) for strips in wgmma_strips(family) for rows in TILE_ROWS), key=cycles)

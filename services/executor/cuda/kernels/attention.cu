@@ -12,6 +12,7 @@
 // Launch: grid (K, items, splits), 128 threads. -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32).
 // Moves: each item the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head.
 #include "device.cuh"
+#include "spread.cuh"
 
 constexpr int NUM_WARPS = 4;
 constexpr int CHUNK = 32;                        // positions
@@ -114,7 +115,8 @@ __device__ __forceinline__ void attend(const __half* queries,  // (rows, H, HEAD
                                        __half* out,          // (rows, out_pitch)
                                        float* partials,      // (items, K, splits, 16 M_TILES, HEAD_SIZE_PADDED + 2)
                                        unsigned* counters,   // (items, K), zero
-                                       int num_heads, int window, int out_pitch) {
+                                       int num_heads, int window, int out_pitch,
+                                       bool is_spread) {  // out, as spread.cuh says
     constexpr int ROWS = 16 * M_TILES, WIDTH = HEAD_SIZE_PADDED + 2;
     __shared__ float merged[ROWS][WIDTH];  // of each row: values, maximum, sum
     __shared__ bool is_last;
@@ -254,7 +256,8 @@ __device__ __forceinline__ void attend(const __half* queries,  // (rows, H, HEAD
             factor = exp2f(maximum - highest);
             sum = sum * factor + exp2f(sink - highest);
         }
-        out[static_cast<size_t>(item.x + row / shared) * out_pitch + head * HEAD_SIZE + d] =
+        const int column = head * HEAD_SIZE + d;
+        out[static_cast<size_t>(item.x + row / shared) * out_pitch + (is_spread ? spread(column) : column)] =
             to_half(merged[row][d] * factor / sum);
     }
 }
@@ -263,9 +266,9 @@ __device__ __forceinline__ void attend(const __half* queries,  // (rows, H, HEAD
     extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, 2) attention_##M_TILES(                                \
         const __half* queries, const __half* keys, const __half* values, const int4* items, const int* tables,       \
         const float* sinks, __half* out, float* partials, unsigned* counters, int num_heads, int num_kv_heads,       \
-        int block_size, int table_pitch, int window, int out_pitch) {                                                \
+        int block_size, int table_pitch, int window, int out_pitch, int is_spread) {                                 \
         attend<M_TILES>(queries, {keys, values, nullptr, num_kv_heads, block_size, 0}, items, tables, table_pitch,   \
-                        sinks, out, partials, counters, num_heads, window, out_pitch);                               \
+                        sinks, out, partials, counters, num_heads, window, out_pitch, is_spread != 0);               \
     }
 
 ATTENTION(1)

@@ -12,6 +12,7 @@
 // Launch: grid (K, rows, splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in ops.py reckons; -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32).
 // Moves: of each row the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head.
 #include "device.cuh"
+#include "spread.cuh"
 
 constexpr int NUM_WARPS = 4;
 constexpr int CHUNK = 32;                        // positions
@@ -71,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     const int* tables,     // (sequences, table_pitch) physical blocks
     const float* sinks,    // (H,) or null
     __half* keys, __half* values,
-    __half* out,           // (rows, out_pitch)
+    __half* out,           // (rows, out_pitch), if `is_spread` as spread.cuh says
     float* partials,       // (rows, K, splits, G, HEAD_SIZE_PADDED + 2)
     unsigned* counters,    // (rows, K), zero
-    int num_heads, int num_kv_heads, int block_size, int table_pitch, int window, int out_pitch, float scale) {
+    int num_heads, int num_kv_heads, int block_size, int table_pitch, int window, int out_pitch, int is_spread,
+    float scale) {
     extern __shared__ uint4 dynamic[];
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
     __shared__ __half queries[MAX_GROUP][HEAD_SIZE_PADDED + 8];
@@ -240,9 +242,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             factor = exp2f(highest - both);
             total = total * factor + exp2f(sink - both);
         }
-        if (d < HEAD_SIZE)
-            out[static_cast<size_t>(row) * out_pitch + (kv_head * group + head) * HEAD_SIZE + d] =
-                to_half(place < 0 ? 0.0f : value * factor / total);
+        if (d >= HEAD_SIZE) return;
+        const int column = (kv_head * group + head) * HEAD_SIZE + d;
+        out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] =
+            to_half(place < 0 ? 0.0f : value * factor / total);
     };
     for (int i = threadIdx.x; i < group * HEAD_SIZE_PADDED; i += blockDim.x) {
         const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;

@@ -10,6 +10,7 @@
 // Moves: each item the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head, from the second
 // cache.
 #include "device.cuh"
+#include "spread.cuh"
 
 constexpr int NUM_WARPS = 4;
 constexpr int M_TILES = HEAD_SIZE_PADDED <= 64 ? 2 : 1;  // of 16 rows, that a warp's registers hold
@@ -145,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, 2) attention_prefil
     const int* tables,      // (sequences, table_pitch): physical block of each logical one
     const float* sinks,     // (H,) or null
     __half* out,            // (rows, out_pitch)
-    int num_heads, int num_kv_heads, int block_size, int table_pitch, int window, int out_pitch) {
+    int num_heads, int num_kv_heads, int block_size, int table_pitch, int window, int out_pitch,
+    int is_spread) {  // out, as spread.cuh says
     __shared__ Stage stages[2];
     await_inputs();
     start_dependents();
@@ -245,13 +247,15 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, 2) attention_prefil
                 sum = sum * factor + exp2_of(sink - highest_of_all);
             }
             factor /= sum;
-            __half* target = out + static_cast<size_t>(item.x + row / shared) * out_pitch + head * HEAD_SIZE;
+            __half* target = out + static_cast<size_t>(item.x + row / shared) * out_pitch;
 #pragma unroll
             for (int v = 0; v < V_TILES; v++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int d = v * 8 + 2 * t + i;
-                    if (d < HEAD_SIZE) target[d] = to_half(rows.values[m][v][2 * half + i] * factor);
+                    const int column = head * HEAD_SIZE + d;
+                    if (d < HEAD_SIZE)
+                        target[is_spread ? spread(column) : column] = to_half(rows.values[m][v][2 * half + i] * factor);
                 }
         }
 }

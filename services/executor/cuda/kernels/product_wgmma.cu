@@ -1,11 +1,11 @@
 // Products of many rows on Hopper: out = epilogue(x @ matrix + bias), in tiles of up to 128 rows by 256 outputs.
 //
-// The matrix is the tensor cores' operand in registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a,
-// decoded and scaled there, while the products of the tile before run. x is the operand in shared memory: four warps
-// copy it, a stage of 64 columns at a time, and put a lane's eight columns of 32 where the permuted inner index wants
-// them: of 16 words of a row, word 4 t + i goes to place 4 i + t. Two groups of four warps multiply, each its half of
-// the outputs, STRIPS strips of 16 to a warp; they read the same stages but do not wait for each other, so that one
-// multiplies while the other stores. Blocks stay and take one tile after another; the copies run ahead across tiles.
+// Four warps copy x and the matrix to shared memory, a stage of 64 columns at a time. Two groups of four warps multiply,
+// each its half of the outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share of
+// a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before run. x is the operand in
+// shared memory, spread (spread.cuh), and what is written in half for the next product is spread too. Both groups read
+// the same stages but do not wait for each other, so that one multiplies while the other stores. Blocks stay and take
+// one tile after another; the copies run ahead across tiles.
 //
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
@@ -14,16 +14,11 @@
 // Launch: grid (min(multiprocessors, tiles)), 384 threads, dynamic shared memory for NUM_STAGES (a -D); sm_90a.
 // Moves: the matrix once for each row tile or group, x once for each 128 STRIPS outputs.
 #include "epilogue.cuh"
+#include "spread.cuh"
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-#ifndef FENCE
-#define FENCE 1
-#endif
-#ifndef COPY_BYTES
-#define COPY_BYTES 4
-#endif
-constexpr int NUM_COPIERS = FENCE == 1 ? 96 : 128, NUM_MULTIPLIERS = 256;  // threads
+constexpr int NUM_COPIERS = 128, NUM_THREADS = 384;
 
 struct Product {
     Planes planes;
@@ -38,20 +33,30 @@ struct Product {
 
 constexpr int MAX_ROWS = 128;
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
-constexpr int STAGE_BYTES = MAX_ROWS * ROW_BYTES;
+constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
+constexpr int MAX_STRIPS = FAMILY <= 1 ? 2 : 1;       // of a warp, for which it has registers
+constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
+constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
+constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
+constexpr int SCALES_AT = 8 * MAX_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + 8 * MAX_STRIPS * TILE_SCALES;
+constexpr int STAGE_BYTES = MINIMA_AT + 8 * MAX_STRIPS * TILE_MINIMA;  // of weights
 constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
-constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : 256;  // bytes
+#ifndef FENCE
+#define FENCE 1
+#endif
+#ifndef LAG
+#define LAG 3
+#endif
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
-    uint32_t stages, landed, full, empty;
+    uint32_t x, weights, full, empty;
     int stage = 0;
     uint32_t phase = 0;
 
     __device__ __forceinline__ void advance() {
         if (++stage == NUM_STAGES) stage = 0, phase ^= 1;
     }
-    __device__ __forceinline__ uint32_t memory() const { return stages + stage * STAGE_BYTES; }
 };
 
 struct Work {
@@ -72,70 +77,106 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
     return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * TILE_STRIPS};
 }
 
+// A stage's weights in one plane, SIZE bytes of each strip, whose bytes of all column tiles are `pitch`.
+template <int STRIPS, int SIZE>
+__device__ __forceinline__ void copy_plane(uint32_t target, const char* source, int num_strips, int pitch) {
+    constexpr int TOTAL = 8 * STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
+    static_assert(PASS % SIZE == 0 || SIZE % PASS == 0, "a pass is some strips or a part of one");
+    int strip = threadIdx.x * 16 / SIZE;
+    const char* piece = source + strip * pitch + threadIdx.x * 16 % SIZE;
+#pragma unroll
+    for (int byte = 0; byte < TOTAL; byte += PASS) {
+        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips) copy_async<16>(target + byte + threadIdx.x * 16, piece);
+        if (SIZE > PASS && (byte + PASS) % SIZE != 0) {
+            piece += PASS;
+        } else {
+            strip += SIZE > PASS ? 1 : PASS / SIZE;
+            piece += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
+        }
+    }
+}
+
 template <int STRIPS>
-__device__ __forceinline__ void copy_rows(const Product& product, const Work& work, Ring& ring) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#if COPY_BYTES == 16
-    constexpr int STEP = 4 * NUM_COPIERS / 32, NUM_STEPS = (MAX_ROWS + STEP - 1) / STEP;
-    const int sub = warp * 4 + lane / 8;
+__device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
+    // The thread copies 16 bytes of every STEP-th row.
+    constexpr int STEP = NUM_COPIERS / 8, NUM_STEPS = MAX_ROWS / STEP;
+    const int piece = threadIdx.x % 8, first = threadIdx.x / 8, column_tiles = product.column_tiles;
     uint32_t offsets[NUM_STEPS];
 #pragma unroll
     for (int i = 0; i < NUM_STEPS; i++) {
-        const int own = work.start + min(STEP * i + sub, work.count - 1);
-        offsets[i] = (product.row_ids == nullptr ? own : product.row_ids[own]) * product.x_pitch;
+        const int row = work.start + min(STEP * i + first, work.count - 1);
+        offsets[i] = (product.row_ids == nullptr ? row : product.row_ids[row]) * product.x_pitch + piece * 8;
     }
-#else
-    constexpr int STEP = NUM_COPIERS / 32, NUM_STEPS = (MAX_ROWS + STEP - 1) / STEP;
-    uint32_t offsets[(NUM_STEPS + 31) / 32];
-#pragma unroll
-    for (int i = 0; i < (NUM_STEPS + 31) / 32; i++) {
-        const int own = work.start + min(STEP * (32 * i + lane) + warp, work.count - 1);
-        offsets[i] = (product.row_ids == nullptr ? own : product.row_ids[own]) * product.x_pitch;
-    }
-    const int chunk = lane / 16 * 4 + lane % 4, word = lane % 16 / 4 * 4;
-#endif
-    const size_t first_tile = static_cast<size_t>(work.expert) * product.num_strips + work.first_strip;
-    const int strips = min(8 * STRIPS, product.num_strips - work.first_strip);
-    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
-        // The weights that these columns will meet come into the second cache.
-        for (int i = threadIdx.x; i < strips * NUM_LOADS * 4; i += NUM_COPIERS) {
-            const size_t tile = (first_tile + i / (NUM_LOADS * 4)) * product.column_tiles + column_tile;
-            prefetch(product.planes.quants + tile * (NUM_LOADS * 512) + i % (NUM_LOADS * 4) * 128);
-            if (FAMILY <= 3 && i % (NUM_LOADS * 4) == 0) prefetch(product.planes.scales + tile * TILE_SCALES);
-        }
+    const uint32_t place = first * ROW_BYTES + (piece ^ first % 8) * 16;  // STEP is a multiple of eight
+    const int num_strips = product.num_strips - work.first_strip;
+    const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + work.first_strip) * column_tiles;
+    for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-        const uint32_t stage = ring.memory();
-#if COPY_BYTES == 16
-        const __half* source = product.x + column_tile * 64 + lane % 8 * 8;
-#pragma unroll
-        for (int i = 0; i < NUM_STEPS; i++) {
-            const int row = STEP * i + sub;
-            if (row < work.count) copy_piece(stage + row * ROW_BYTES + (lane % 8 ^ row % 8) * 16, source + offsets[i]);
-        }
-#else
-        const __half* source = product.x + column_tile * 64 + lane * 2;
-#pragma unroll 4
-        for (int i = 0; i < NUM_STEPS; i++) {
-            const uint32_t offset = __shfl_sync(0xffffffffu, NUM_STEPS > 32 && i >= 32 ? offsets[NUM_STEPS / 33] : offsets[0], i % 32);
-            const int row = STEP * i + warp;
-            if (row < work.count) copy_word(stage + row * ROW_BYTES + (chunk ^ row % 8) * 16 + word, source + offset);
-        }
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+        const Planes& planes = product.planes;
+        const size_t index = tile + column_tile;
+        copy_plane<STRIPS, TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips,
+                                       column_tiles * TILE_CODES);
+#if FAMILY <= 3
+        copy_plane<STRIPS, TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
+                                        column_tiles * TILE_SCALES);
 #endif
-        arrive_with_copies(ring.landed + ring.stage * 8);
+#if FAMILY == 2
+        copy_plane<STRIPS, TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
+                                        column_tiles * TILE_MINIMA);
+#endif
+        const __half* source = product.x + column_tile * 64;
+        const uint32_t stage = ring.x + ring.stage * X_BYTES + place;
+#pragma unroll
+        for (int i = 0; i < NUM_STEPS; i++)
+            if (STEP * i + first < work.count) copy_async<16>(stage + i * STEP * ROW_BYTES, source + offsets[i]);
+        arrive_with_copies(ring.full + ring.stage * 8);
         ring.advance();
     }
 }
 
-#if FENCE == 1
-__device__ __forceinline__ void relay_stages(const Product& product, Ring& ring) {
-    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
-        await_barrier(ring.landed + ring.stage * 8, ring.phase);
-        show_to_products();
-        if (threadIdx.x % 32 == 0) arrive(ring.full + ring.stage * 8);
-        ring.advance();
-    }
+template <typename T>
+__device__ __forceinline__ T read_shared(uint32_t address);
+template <>
+__device__ __forceinline__ uint32_t read_shared<uint32_t>(uint32_t address) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
 }
+template <>
+__device__ __forceinline__ uint2 read_shared<uint2>(uint32_t address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+    return value;
+}
+template <>
+__device__ __forceinline__ uint4 read_shared<uint4>(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    return value;
+}
+
+// load_tile, from strip `strip` of the weights of a stage.
+__device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int strip, int lane) {
+#pragma unroll
+    for (int i = 0; i < NUM_LOADS; i++)
+        tile.codes[i] = read_shared<uint4>(weights + strip * TILE_CODES + i * 512 + lane * 16);
+#if FAMILY <= 3
+    const uint32_t scales = weights + SCALES_AT + strip * TILE_SCALES;
 #endif
+#if FAMILY == 0
+    tile.scales = read_shared<uint32_t>(scales + lane / 4 * 4);
+#elif FAMILY == 1
+    tile.scales = read_shared<uint2>(scales + lane / 4 * 8);
+#elif FAMILY == 2
+    tile.scales = read_shared<uint4>(scales + lane / 4 * 16);
+    tile.minima = read_shared<uint4>(weights + MINIMA_AT + strip * TILE_MINIMA + lane / 4 * 16);
+#elif FAMILY == 3
+    tile.scales = read_shared<uint4>(scales + lane % 4 / 2 * 128 + lane / 4 * 16);
+#endif
+}
 
 // The largest exponents of rows g and g + 8 of a strip.
 __device__ __forceinline__ void find_largest(const Planes& planes, size_t first_tile, int column_tiles, int lane,
@@ -203,18 +244,25 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
     const size_t first_row = work.start + 2 * t, first_bias = static_cast<size_t>(work.expert) * out.num_outputs;
     // Column 8 j + 2 t + i of the sums is row `first_row` + 8 j + i.
     if (out.epilogue == SWIGLU) {
-        const int output = strip * 8 + g;
-        if (output >= out.num_outputs) return;
-        const float bias = out.bias[first_bias + output], up_bias = out.up_bias[first_bias + output];
-        __half* values = static_cast<__half*>(out.values) + first_row * out.pitch + output;
+        // Lanes of neighbouring outputs exchange rows, so that each writes two outputs of one row.
+        const int output = strip * 8 + g, pair = strip * 8 + g - g % 2;
+        const bool is_output = output < out.num_outputs;
+        const float bias = is_output ? out.bias[first_bias + output] : 0.0f;
+        const float up_bias = is_output ? out.up_bias[first_bias + output] : 0.0f;
+        __half* values = static_cast<__half*>(out.values) + (first_row + g % 2) * out.pitch + spread(pair);
 #pragma unroll
-        for (int j = 0; j < MAX_ROWS / 8; j++)
+        for (int j = 0; j < MAX_ROWS / 8; j++) {
+            float activated[2];  // of an output that is none: zero, since its weights are
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float gate = sums[4 * j + i] * low_factor + bias, up = sums[4 * j + i + 2] * high_factor + up_bias;
-                const __half value = to_half(swiglu(gate, up));
-                if (8 * j + 2 * t + i < work.count) values[static_cast<size_t>(8 * j + i) * out.pitch] = value;
-            }
+            for (int i = 0; i < 2; i++)
+                activated[i] = swiglu(sums[4 * j + i] * low_factor + bias, sums[4 * j + i + 2] * high_factor + up_bias);
+            const bool is_odd = g % 2 == 1;
+            const float own = is_odd ? activated[1] : activated[0];
+            const float other = __shfl_xor_sync(0xffffffffu, is_odd ? activated[0] : activated[1], 4);
+            const __half2 both = __halves2half2(to_half(is_odd ? other : own), to_half(is_odd ? own : other));
+            if (pair < out.num_outputs && 8 * j + 2 * t + g % 2 < work.count)
+                *reinterpret_cast<__half2*>(values + static_cast<size_t>(8 * j) * out.pitch) = both;
+        }
         return;
     }
 #pragma unroll
@@ -225,7 +273,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         const float bias = out.bias == nullptr ? 0.0f : out.bias[first_bias + output];
         const size_t first = first_row * out.pitch + output;
         if (out.epilogue == GELU) {
-            __half* values = static_cast<__half*>(out.values) + first;
+            __half* values = static_cast<__half*>(out.values) + first_row * out.pitch + spread(output);
 #pragma unroll
             for (int j = 0; j < MAX_ROWS / 8; j++)
 #pragma unroll
@@ -268,38 +316,32 @@ __device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 
 
 template <int STRIPS>
 __device__ __forceinline__ void multiply(const Product& product, const Work& work, Ring& ring) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int group = warp / 4 - 1, column_tiles = product.column_tiles;
-    int strips[STRIPS], largest[STRIPS][2] = {};
-    size_t first_tiles[STRIPS];
-    Tile next[STRIPS];
-    float sums[STRIPS][MAX_ROWS / 2];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column_tiles = product.column_tiles;
+    const int first = (warp / 4 - NUM_COPIERS / 128) * 4 * STRIPS + warp % 4;  // of the tile's strips; the next is 4 on
+    int largest[STRIPS][2] = {};
+    if (FAMILY == 0)
 #pragma unroll
-    for (int s = 0; s < STRIPS; s++) {
-        strips[s] = work.first_strip + (group * STRIPS + s) * 4 + warp % 4;
-        const int strip = min(strips[s], product.num_strips - 1);
-        first_tiles[s] = (static_cast<size_t>(work.expert) * product.num_strips + strip) * column_tiles;
-        load_tile(next[s], product.planes, first_tiles[s], lane);
-        if (FAMILY == 0) find_largest(product.planes, first_tiles[s], column_tiles, lane, largest[s]);
-    }
+        for (int s = 0; s < STRIPS; s++) {
+            const int strip = min(work.first_strip + first + 4 * s, product.num_strips - 1);
+            const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + strip) * column_tiles;
+            find_largest(product.planes, tile, column_tiles, lane, largest[s]);
+        }
     Tile tiles[STRIPS];
     uint32_t a[2][STRIPS][2][4];
+    float sums[STRIPS][MAX_ROWS / 2];
+    const auto begin_stage = [&] {
+        await_barrier(ring.full + ring.stage * 8, ring.phase);
+        if (FENCE) show_to_products();
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
 #pragma unroll
-    for (int s = 0; s < STRIPS; s++) {
-        tiles[s] = next[s];
-        decode_scaled(tiles[s], 0, largest[s], a[0][s]);
-    }
+        for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 0, largest[s], a[0][s]);
+    };
+    begin_stage();
     int last_stage = -1;
     for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
-        await_barrier(ring.full + ring.stage * 8, ring.phase);
-#if FENCE == 0
-        show_to_products();
-#endif
-        const bool is_last = column_tile + 1 == column_tiles;
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++)
-            if (!is_last) load_tile(next[s], product.planes, first_tiles[s] + column_tile + 1, lane);
-        const uint64_t b = operand(ring.memory());
+        const uint64_t b = operand(ring.x + ring.stage * X_BYTES);
 #pragma unroll
         for (int block = 0; block < 2; block++) {
             if (work.count > 96)
@@ -312,55 +354,54 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
                 start_products<STRIPS, 32>(sums, a[block], b + block * 4, column_tile + block);
             // The products before these are done; while these run, the next ones' weights are decoded.
             await_products<1>();
-            if (block == 0 && last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
+            if (block == 0) {
+                if (last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
 #pragma unroll
-            for (int s = 0; s < STRIPS; s++) {
-                if (block == 1) tiles[s] = next[s];
-                decode_scaled(tiles[s], 1 - block, largest[s], a[1 - block][s]);
+                for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 1, largest[s], a[1][s]);
+                last_stage = ring.stage;
+                ring.advance();
+            } else if (column_tile + 1 < column_tiles) {
+                begin_stage();
             }
         }
-        last_stage = ring.stage;
-        ring.advance();
     }
     await_products<0>();
     if (lane == 0) arrive(ring.empty + last_stage * 8);
 #pragma unroll
-    for (int s = 0; s < STRIPS; s++) store_strip(product, work, strips[s], largest[s], sums[s]);
+    for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], sums[s]);
 }
 
 template <int STRIPS>
 __device__ __forceinline__ void run(const Product& product) {
     extern __shared__ char memory[];
-    start_dependents();
     Ring ring;
-    ring.stages = (shared_address(memory) + 1023) & ~1023u;
-    asm volatile("" : "+r"(ring.stages));
-    ring.landed = ring.stages + NUM_STAGES * STAGE_BYTES;
-    ring.empty = ring.landed + NUM_STAGES * 8;
-    ring.full = FENCE == 1 ? ring.empty + NUM_STAGES * 8 : ring.landed;
+    ring.x = (shared_address(memory) + 1023) & ~1023u;
+    asm volatile("" : "+r"(ring.x));  // kept, not reckoned again
+    ring.weights = ring.x + NUM_STAGES * X_BYTES;
+    ring.full = ring.weights + NUM_STAGES * STAGE_BYTES;
+    ring.empty = ring.full + NUM_STAGES * 8;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
-            make_barrier(ring.landed + stage * 8, NUM_COPIERS);
-            if (FENCE == 1) make_barrier(ring.full + stage * 8, 1);
-            make_barrier(ring.empty + stage * 8, NUM_MULTIPLIERS / 32);
+            make_barrier(ring.full + stage * 8, NUM_COPIERS);
+            make_barrier(ring.empty + stage * 8, (NUM_THREADS - NUM_COPIERS) / 32);
         }
     }
+    show_to_products();
     __syncthreads();
     await_inputs();
+    start_dependents();
     const int num_tiles = product.num_row_tiles * ((product.num_strips + 8 * STRIPS - 1) / (8 * STRIPS));
-    if (threadIdx.x < 128) {
-        leave_registers<56>();
+    if (threadIdx.x < NUM_COPIERS) {
+        leave_registers<40>();
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             const Work work = find_work<STRIPS>(product, tile);
-            if (work.count == 0) continue;
-            if (threadIdx.x < NUM_COPIERS) copy_rows<STRIPS>(product, work, ring);
-#if FENCE == 1
-            else relay_stages(product, ring);
-#endif
+            if (work.count > 0) copy_tiles<STRIPS>(product, work, ring);
         }
         return;
     }
-    take_registers<224>();
+    take_registers<232>();
+    // One group keeps behind the other, and multiplies alone while that one stores its sums.
+    if (threadIdx.x >= NUM_COPIERS + 128 && product.column_tiles > LAG) await_barrier(ring.full + LAG * 8, 0);
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         const Work work = find_work<STRIPS>(product, tile);
         if (work.count > 0) multiply<STRIPS>(product, work, ring);
@@ -377,7 +418,7 @@ __device__ __forceinline__ void run(const Product& product) {
 #endif
 
 #define PRODUCT(STRIPS)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(384, 1) product_wgmma_##STRIPS(            \
+    extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma_##STRIPS(            \
         const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias,          \
         const __half* x, void* values, const int* row_ids, const int4* groups, int x_pitch, int pitch, int num_rows,  \
         int num_outputs, int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {          \

@@ -2,7 +2,7 @@
 //
 // A weight is taken as the sum of two halves, the second 2^11 times what the first leaves over: together 22 bits. Rows
 // of x are the first operand, experts the second, and columns are permuted as in product.cu, so that a lane's share of
-// each is eight neighbours. A block takes 32 rows; its 8 warps share the columns and add up in order.
+// each is eight neighbours of 32, or if x is spread (spread.cuh) every fourth pair of them. A block takes 32 rows; its 8 warps share the columns and add up in order.
 // Launch: grid (ceil(rows / 32), ceil(experts / 32)), 256 threads. x has whole tiles of columns, what pads them is zero.
 // Moves: x once for each 32 experts; the weights once for each 32 rows, from the second cache.
 #include "device.cuh"
@@ -22,8 +22,17 @@ __device__ __forceinline__ void split(const float (&weights)[8], uint32_t (&high
     }
 }
 
-// Eight neighbours of a row of `size` weights, zero past its end.
-__device__ __forceinline__ void load(const float* row, int first, int size, float (&weights)[8]) {
+// Of a row of `size` weights the lane's share of 32 columns, zero past its end.
+__device__ __forceinline__ void load(const float* row, int column, int t, int size, bool is_spread, float (&weights)[8]) {
+    if (is_spread) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int own = column + i / 2 * 8 + 2 * t + i % 2;
+            weights[i] = own < size ? row[own] : 0.0f;
+        }
+        return;
+    }
+    const int first = column + 8 * t;
     if (size % 4 == 0 && first + 8 <= size) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -41,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(256) router_many(const __half* x,  
                                                               const float* weight,  // (E, size)
                                                               const float* bias,    // (E,)
                                                               float* logits,        // (rows, E)
-                                                              int num_rows, int num_experts, int size, int x_pitch) {
+                                                              int num_rows, int num_experts, int size, int x_pitch,
+                                                              int is_spread) {
     __shared__ float partial[NUM_WARPS][ROWS][EXPERTS + 1];
     await_inputs();
     start_dependents();
@@ -62,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(256) router_many(const __half* x,  
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float weights[8];
-            load(experts[i], column + 8 * t, size, weights);
+            load(experts[i], column, t, size, is_spread != 0, weights);
             uint32_t high[4], low[4];
             split(weights, high, low);
 #pragma unroll

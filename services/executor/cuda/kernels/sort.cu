@@ -10,6 +10,7 @@
 constexpr int MAX_EXPERTS = 1024;
 constexpr int NUM_COUNTS = 8192;  // of all warps
 constexpr int UNIT = 32;
+constexpr int AT_ONCE = 4;  // pairs of a lane whose experts are on their way together
 
 extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  // (rows, num_used)
                                                               int* row_ids,    // (pairs,) row of each sorted pair
@@ -29,11 +30,17 @@ extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  /
     int* own = counts + warp * num_experts;
     for (int i = threadIdx.x; i < num_warps * num_experts; i += blockDim.x) counts[i] = 0;
     __syncthreads();
-    for (int pair = first + lane; pair - lane < end; pair += 32) {
-        const int id = pair < end ? ids[pair] : -1;
-        const unsigned alike = __match_any_sync(0xffffffffu, id);
-        if (id >= 0 && lane == __ffs(alike) - 1) own[id] += __popc(alike);
-        __syncwarp();
+    for (int base = first + lane; base - lane < end; base += 32 * AT_ONCE) {
+        int own_ids[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) own_ids[i] = base + 32 * i < end ? ids[base + 32 * i] : -1;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int id = own_ids[i];
+            const unsigned alike = __match_any_sync(0xffffffffu, id);
+            if (id >= 0 && lane == __ffs(alike) - 1) own[id] += __popc(alike);
+            __syncwarp();
+        }
     }
     __syncthreads();
 
@@ -70,18 +77,24 @@ extern "C" __global__ void __launch_bounds__(1024) sort_pairs(const int* ids,  /
     }
     __syncthreads();
 
-    for (int pair = first + lane; pair - lane < end; pair += 32) {
-        const int id = pair < end ? ids[pair] : -1;
-        const unsigned alike = __match_any_sync(0xffffffffu, id);
-        const int next = id >= 0 ? own[id] : 0;
-        __syncwarp();
-        if (id >= 0) {
-            const int place = starts[id] + next + __popc(alike & ((1u << lane) - 1u));
-            row_ids[place] = pair / num_used;
-            places[pair] = place;
-            if (lane == __ffs(alike) - 1) own[id] = next + __popc(alike);
+    for (int base = first + lane; base - lane < end; base += 32 * AT_ONCE) {
+        int own_ids[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) own_ids[i] = base + 32 * i < end ? ids[base + 32 * i] : -1;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int id = own_ids[i], pair = base + 32 * i;
+            const unsigned alike = __match_any_sync(0xffffffffu, id);
+            const int next = id >= 0 ? own[id] : 0;
+            __syncwarp();
+            if (id >= 0) {
+                const int place = starts[id] + next + __popc(alike & ((1u << lane) - 1u));
+                row_ids[place] = pair / num_used;
+                places[pair] = place;
+                if (lane == __ffs(alike) - 1) own[id] = next + __popc(alike);
+            }
+            __syncwarp();
         }
-        __syncwarp();
     }
     for (int expert = warp; expert < num_experts; expert += 32) {
         const int total = totals[expert], units = (total + unit - 1) / unit;

@@ -6,34 +6,35 @@
 #include "device.cuh"
 
 // d += a b, or d = a b where `is_added` is zero; it runs on while the warps do, until await_products.
-// a: (64, 16) in half: warp w of the four holds rows 16 w to 16 w + 15 as multiply_add's a. b: (16, ROWS) in half, in
-// shared memory as `operand` says. d: (64, ROWS) in float: d[4 j] to d[4 j + 3] are multiply_add's c of columns 8 j on;
-// what lies past column ROWS is left alone.
-template <int ROWS>
-__device__ __forceinline__ void start_product(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int is_added);
+// a: (64, 16) in half: warp w of the four holds rows 16 w to 16 w + 15 as multiply_add's a. b: (16, COLUMNS) in half, in
+// shared memory as `operand` says. d: (64, COLUMNS) in float: d[4 j] to d[4 j + 3] are multiply_add's c of columns 8 j
+// on; what lies past the last column is left alone.
+template <int COLUMNS, int SIZE>
+__device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (&a)[4], uint64_t b, int is_added);
 
-#define WGMMA_D8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define WGMMA_D16(i) WGMMA_D8(i), WGMMA_D8(i + 8)
+#define WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define WGMMA_D16(i) WGMMA_D4(i), WGMMA_D4(i + 4), WGMMA_D4(i + 8), WGMMA_D4(i + 12)
 #define WGMMA_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_N32 WGMMA_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_N36 WGMMA_N32 ", %32, %33, %34, %35"
 #define WGMMA_N48 WGMMA_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_N64 WGMMA_N48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA(ROWS, NUMBERS, A, B, IS_ADDED, ...)                                                                  \
+#define WGMMA(COLUMNS, SIZE, NUMBERS, A, B, IS_ADDED, ...)                                                         \
     template <>                                                                                                    \
-    __device__ __forceinline__ void start_product<ROWS>(float(&d)[64], const uint32_t(&a)[4], uint64_t b,          \
-                                                        int is_added) {                                            \
+    __device__ __forceinline__ void start_product<COLUMNS, SIZE>(float(&d)[SIZE], const uint32_t(&a)[4],           \
+                                                                 uint64_t b, int is_added) {                       \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " IS_ADDED ", 0;\n"                                         \
-                     "wgmma.mma_async.sync.aligned.m64n" #ROWS "k16.f32.f16.f16 {" NUMBERS "}, {" A "}, " B        \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" NUMBERS "}, {" A "}, " B     \
                      ", p, 1, 1, 0;\n}"                                                                            \
                      : __VA_ARGS__                                                                                 \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(is_added));                         \
     }
 
-WGMMA(32, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
-WGMMA(64, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
-WGMMA(96, WGMMA_N48, "%48, %49, %50, %51", "%52", "%53", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32))
-WGMMA(128, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32), WGMMA_D16(48))
+WGMMA(32, 64, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(64, 64, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
+WGMMA(72, 36, WGMMA_N36, "%36, %37, %38, %39", "%40", "%41", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D4(32))
+WGMMA(96, 64, WGMMA_N48, "%48, %49, %50, %51", "%52", "%53", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32))
+WGMMA(128, 64, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32), WGMMA_D16(48))
 
 // b in shared memory at `address`, a multiple of 1024: each column's 64 inner indices are 128 bytes, and within eight
 // columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices 16 i on begin 32 i bytes further.
@@ -69,7 +70,7 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive once this thread's copy_word's are done.
+// Arrive once this thread's copy_async's are done.
 __device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -84,14 +85,6 @@ __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity)
             : "r"(barrier), "r"(parity)
             : "memory");
     } while (!is_over);
-}
-
-__device__ __forceinline__ void copy_word(uint32_t target, const void* source) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ void copy_piece(uint32_t target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 
 // Registers of each thread of the warpgroup, from here on.
