@@ -217,6 +217,17 @@ def test_an_interrupt_while_it_starts_is_no_traceback(delay):
     assert process.returncode in (-signal.SIGINT, 130, 0)
 
 
+def test_it_serves_and_stops_when_nobody_reads_its_log_any_more():
+    server = Served()
+    process_ids = list(server.children().values())
+    server.process.stderr.close()
+    with Client(server.address) as client:
+        client.complete("one two", max_tokens=2)
+    server.process.terminate()
+    assert server.process.wait(30) == 0
+    assert _alive(process_ids) == []
+
+
 def test_children_end_with_a_supervisor_that_is_killed():
     server = Served()
     process_ids = list(server.children().values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -158,8 +159,14 @@ def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
 def _print_json(label: str, line: str) -> None:
     """A service's line names the service already; whatever else it writes, and what we report, becomes such a line."""
     is_record = label != "serve" and line.startswith("{")
-    print(line if is_record else json_line(label, "INFO", "mxgpt.serve", line), file=sys.stderr, flush=True)
+    _say(line if is_record else json_line(label, "INFO", "mxgpt.serve", line))
 
 
 def _print_line(label: str, line: str) -> None:
-    print(f"{dim(f'{label:<10}|', sys.stderr)} {line}", file=sys.stderr, flush=True)
+    _say(f"{dim(f'{label:<10}|', sys.stderr)} {line}")
+
+
+def _say(line: str) -> None:
+    """A line to stderr; that nobody reads it any more keeps nothing from being served, or from being stopped."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
