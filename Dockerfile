@@ -37,19 +37,20 @@ COPY --from=loader-environment /opt/mxgpt /opt/mxgpt
 EXPOSE 50053
 # Replicas share a volume, each has a socket of its own in it.
 ENTRYPOINT ["/bin/sh", "-c", "exec python -m services.loader --socket \"/run/mxgpt/$(hostname).sock\" \"$@\"", "loader"]
-CMD ["--listen", "0.0.0.0:50053", "--allow-insecure", "--model", "/opt/mxgpt/share/mxgpt/models/demo-gpt-oss.gguf"]
+CMD ["--listen", "0.0.0.0:50053", "--allow-insecure", "--metrics", "0.0.0.0:9460", "--model", "/opt/mxgpt/share/mxgpt/models/demo-gpt-oss.gguf"]
 
 FROM runtime AS tokenizer
 COPY --from=tokenizer-environment /opt/mxgpt /opt/mxgpt
 EXPOSE 50052
 ENTRYPOINT ["python", "-m", "services.tokenizer"]
-CMD ["--listen", "0.0.0.0:50052", "--allow-insecure", "--loader", "loader:50053"]
+CMD ["--listen", "0.0.0.0:50052", "--allow-insecure", "--metrics", "0.0.0.0:9460", "--loader", "loader:50053"]
 
 FROM runtime AS executor
 COPY --from=executor-environment /opt/mxgpt /opt/mxgpt
 EXPOSE 50051
 ENTRYPOINT ["python", "-m", "services.executor"]
-CMD ["--listen", "0.0.0.0:50051", "--allow-insecure", "--loader", "loader:50053", "--tokenizer", "tokenizer:50052"]
+CMD ["--listen", "0.0.0.0:50051", "--allow-insecure", "--metrics", "0.0.0.0:9460", "--loader", "loader:50053", \
+     "--tokenizer", "tokenizer:50052"]
 
 # HAProxy: one published endpoint over every executor, found by name as they come and go.
 FROM ${BASE_IMAGE} AS gateway

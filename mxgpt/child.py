@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TETHER = Path(__file__).with_name("tether.py")
-_LISTENING = re.compile(r"\w+ listening on (\S+)$")
+_LISTENING = re.compile(r"\w+ (listening|metrics) on (\S+)$")
 _MAX_LINE_BYTES = 1 << 20
 
 
@@ -35,6 +35,7 @@ class Child:
         self._listen = listen
         self._options = list(options)
         self._on_line = on_line
+        self.metrics = ""  # where they are served, once it has said so
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -99,9 +100,11 @@ class Child:
         async for line_bytes in process.stdout:
             line = line_bytes.decode(errors="replace").rstrip()
             found = _LISTENING.match(line)
-            if found is not None:
-                self._listen = found[1]
+            if found is not None and found[1] == "metrics":
+                self.metrics = found[2]
+            elif found is not None:
+                self._listen = found[2]
                 if not self._address.done():
-                    self._address.set_result(found[1])
+                    self._address.set_result(found[2])
             else:
                 self._on_line(self.label, line)

@@ -15,6 +15,7 @@ from mxgpt.errors import MxgptError, cancelled, early_end, from_rpc_error
 from mxgpt.options import Message, Options, Prompt, build_request
 from mxgpt.results import Piece, Result
 from mxgpt.retry import Retries, RetryPolicy
+from mxgpt.tracing import span_of
 from mxgpt.transcript import Transcript
 from mxgpt.v1 import executor_pb2 as pb
 from mxgpt.v1 import executor_pb2_grpc as pb_grpc
@@ -137,6 +138,7 @@ class Generation(Iterator[Piece]):
         self._cancelled = threading.Event()
         self._stub = stub
         self._transcript = Transcript(request)
+        self._span = span_of(request)
         self._retries = retries
         self._metadata = metadata
 
@@ -151,10 +153,12 @@ class Generation(Iterator[Piece]):
                 piece = self._receive()
                 if piece is not None:
                     return piece
-        except BaseException:
+        except BaseException as error:
+            self._end_span(error)
             self.close()
             raise
         self._read_end()
+        self._end_span()
         raise StopIteration
 
     def close(self) -> None:
@@ -162,6 +166,7 @@ class Generation(Iterator[Piece]):
         self._cancelled.set()
         if self._call is not None:
             self._call.cancel()
+        self._end_span()
 
     def __enter__(self) -> Self:
         return self
@@ -198,11 +203,17 @@ class Generation(Iterator[Piece]):
 
     def _open(self) -> Any:
         timeout = self._retries.remaining()
-        return self._stub.Generate(self._transcript.next_request(), timeout=timeout, metadata=self._metadata)
+        metadata = (*self._metadata, *self._span.metadata())
+        return self._stub.Generate(self._transcript.next_request(), timeout=timeout, metadata=metadata)
+
+    def _end_span(self, error: BaseException | None = None) -> None:
+        if self._span.is_running:
+            self._span.end(self.result, error)
 
     def _recover(self, error: MxgptError) -> None:
         """Wait until the next attempt is due, or raise the error."""
         self._call = None
+        self._span.attempt_failed(error)
         if self._cancelled.is_set():
             raise cancelled()
         if not self._transcript.can_go_on:

@@ -39,6 +39,7 @@ from shared.rpc_errors import from_rpc_error
 T = TypeVar("T")
 
 EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
+METRICS_PORT = 9460  # of the loader; tokenizer and executors have the next ones
 
 NO_DOOR: dict[str, Any] = {"token": None, "tls_root": None}  # for a client: neither MXGPT_TOKEN nor MXGPT_CA
 
@@ -64,7 +65,10 @@ class ServeConfig:
     loader_port: int = 0
     num_executors: int = 1
     drain_seconds: float = 30.0
+    metrics_port: int | None = None  # of the loader; tokenizer and executors have the next ones, all on loopback
+    traces: str | None = None  # see shared.telemetry.TelemetryConfig
     log_level: str = "INFO"
+    log_format: str = "text"
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -119,6 +123,16 @@ class Supervisor:
         self._ready = False
         self._addresses: list[str] = []
         self.tokenizer_address = ""
+
+    @property
+    def metrics_addresses(self) -> list[str]:
+        """Where metrics are served: the loader's, the tokenizer's, then each executor's; empty where they are off."""
+        return [child.metrics for child in reversed(self._children) if child.metrics]
+
+    def process_id(self, name: str) -> int:
+        """Of the first service of this name: "loader", "tokenizer" or "executor"."""
+        (child, *_) = (child for child in reversed(self._children) if child.name == name)
+        return child.process_id
 
     @property
     def address(self) -> str:
@@ -198,7 +212,6 @@ class Supervisor:
         config = self.config
         keys = _token_options(self._own_keys, *config.token_files) if config.token_files else []
         common = ["--loader", loader_address, "--peer-token-file", str(self._own_keys), *keys]
-        common += ["--log-content"] if config.log_content else []
         tokenizer = await self._start_child("tokenizer", "tokenizer", f"127.0.0.1:{config.tokenizer_port}", common)
         self.tokenizer_address = await self._or_end(tokenizer.address())
         options = [*common, "--tokenizer", self.tokenizer_address, "--device", config.device]
@@ -222,12 +235,23 @@ class Supervisor:
         return open_channel(address, ClientConfig(token=self._token))
 
     async def _start_child(self, name: str, label: str, listen: str, options: list[str]) -> Child:
-        every_option = [*options, "--log-level", self.config.log_level]
+        every_option = [*options, *self._telemetry_options()]
         child = Child(name, label, listen, every_option, self._on_line)
         await child.start()
         self._children.insert(0, child)
         self._watches.append(asyncio.create_task(self._watch(child)))
         return child
+
+    def _telemetry_options(self) -> list[str]:
+        """Options of the next child; its metrics have the port after the last one's."""
+        config = self.config
+        options = ["--log-level", config.log_level, "--log-format", config.log_format]
+        options += ["--log-content"] if config.log_content else []
+        if config.traces is not None:
+            options += ["--traces", config.traces]
+        if config.metrics_port is not None:
+            options += ["--metrics", f"127.0.0.1:{config.metrics_port and config.metrics_port + len(self._children)}"]
+        return options
 
     async def _watch(self, child: Child) -> None:
         """Keep a child running; raises when that is hopeless."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -36,8 +36,9 @@ _MAKERS = {
 class AccessCheck(grpc.aio.ServerInterceptor):
     """Lets through the calls whose key opens their method, as many at once as the key may have."""
 
-    def __init__(self, keys: KeyRing) -> None:
+    def __init__(self, keys: KeyRing, on_denied: Callable[[str, Reason], None]) -> None:
         self._keys = keys
+        self._on_denied = on_denied
         self._num_running: Counter[str] = Counter()  # counted calls by the key's name
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
@@ -51,12 +52,13 @@ class AccessCheck(grpc.aio.ServerInterceptor):
                 why = f"a key with the role {key.role.name.lower()} may not call {method}"
                 raise ServiceError(Reason.PERMISSION_DENIED, why)
         except ServiceError as error:
+            self._on_denied(method, error.reason)
             return _denying_handler(handler, method, error)
         if key.max_calls is None or is_common(method) or method.rpartition("/")[2] in _UNCOUNTED:
             return handler
-        return self._counting_handler(handler, key)
+        return self._counting_handler(handler, method, key)
 
-    def _counting_handler(self, handler: Any, key: Key) -> Any:
+    def _counting_handler(self, handler: Any, full_name: str, key: Key) -> Any:
         """`handler`, whose method must be a coroutine (as `servicer_method` makes them), counted as a call of `key`."""
         attribute, make = _MAKERS[handler.request_streaming, handler.response_streaming]
         method = getattr(handler, attribute)
@@ -66,6 +68,7 @@ class AccessCheck(grpc.aio.ServerInterceptor):
                 with self._one_more(key):
                     return await method(request, context)
             except ServiceError as error:
+                self._on_denied(full_name, error.reason)
                 await abort(context, error)
 
         return make(counted, handler.request_deserializer, handler.response_serializer)

@@ -53,7 +53,7 @@ class ServerConfig:
     @property
     def is_exposed(self) -> bool:
         """Whether other machines may reach the server."""
-        return not _is_local(self.listen)
+        return not is_local(self.listen)
 
     @property
     def knows_callers(self) -> bool:
@@ -181,7 +181,8 @@ def _apply(options: list[Callable[[Any], Any]]) -> Callable[[F], F]:
     return decorate
 
 
-def _is_local(listen: str) -> bool:
+def is_local(listen: str) -> bool:
+    """Whether only this machine can reach an address."""
     if listen.startswith("unix:"):
         return True
     host = listen.rpartition(":")[0].strip("[]")

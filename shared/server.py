@@ -36,6 +36,8 @@ MAX_STREAMS_PER_CONNECTION = 1024  # further calls wait at their client
 def servicer_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a `ServiceError` of an async method or async generator into its status, anything else into INTERNAL.
 
+    The servicer's `calls` (shared.calls.Calls) watch over each call.
+
     A generator's responses are written from here, so that it is closed, and its `finally` run, as soon as the
     client cancels, and not when the garbage collector finds it.
     """
@@ -43,11 +45,12 @@ def servicer_method(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            if not inspect.isasyncgenfunction(method):
-                return await method(self, request, context)
-            async with contextlib.aclosing(method(self, request, context)) as responses:
-                async for response in responses:
-                    await context.write(response)
+            with self.calls.watch(method.__name__, request, context):
+                if not inspect.isasyncgenfunction(method):
+                    return await method(self, request, context)
+                async with contextlib.aclosing(method(self, request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
         except grpc.aio.AbortError:
             raise
         except ServiceError as error:
@@ -72,6 +75,8 @@ def internal_error(where: str) -> ServiceError:
 class Server:
     """A grpc.aio server with health, reflection and an orderly end.
 
+    `on_denied` is told the method and the reason of each call that no servicer sees, being refused at the door.
+
     `serve` runs it until SIGTERM or SIGINT: health turns to NOT_SERVING, `drain` is awaited (at most
     `drain_seconds`), and only then do the transport and, after `serve` returns, the caller's own parts stop.
 
@@ -79,12 +84,17 @@ class Server:
         OSError, ValueError: when a key file can't be read or holds what is no key.
     """
 
-    def __init__(self, config: ServerConfig, service_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        service_names: Sequence[str],
+        on_denied: Callable[[str, Reason], None] = lambda _method, _reason: None,
+    ) -> None:
         self.config = config
         self.draining = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._keys = KeyRing(config.token_files) if config.token_files else None
-        interceptors = [AccessCheck(self._keys)] if self._keys else []
+        interceptors = [AccessCheck(self._keys, on_denied)] if self._keys else []
         self.grpc = grpc.aio.server(options=_server_options(config), interceptors=interceptors)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME]

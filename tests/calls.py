@@ -8,10 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from mxgpt.v1 import executor_pb2
+from shared.calls import Calls
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import from_rpc_error
+from shared.tracing import NoTracing
 
 
 @dataclass
@@ -31,6 +34,11 @@ class Collected:
 
     def logprobs(self, index: int = 0) -> list[Any]:
         return [entry for delta in self.deltas if delta.index == index for entry in delta.logprobs]
+
+
+def uncounted_calls() -> Calls:
+    """What a test's own servicer needs, where nobody asks for its figures."""
+    return Calls("test", "mxgpt.v1.TestService", CollectorRegistry(), NoTracing())
 
 
 def chat(content: str, **options: Any) -> Any:

@@ -34,6 +34,7 @@ class Service:
             text=True,
         )
         self._address: str | None = None
+        self._metrics: str | None = None
         self._listening = threading.Event()
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
@@ -43,6 +44,13 @@ class Service:
         assert self._listening.wait(START_SECONDS), f"{self.name} did not start:\n{self.text}"
         assert self._address is not None, f"{self.name} ended:\n{self.text}"
         return self._address
+
+    @property
+    def metrics(self) -> str:
+        """Where metrics are served; told before the address is."""
+        assert self.address
+        assert self._metrics is not None, f"{self.name} serves no metrics:\n{self.text}"
+        return self._metrics
 
     @property
     def text(self) -> str:
@@ -82,6 +90,8 @@ class Service:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.log.append(line)
+            if line.startswith(f"{self.name} metrics on "):
+                self._metrics = line.split()[-1]
             if self._address is None and line.startswith(f"{self.name} listening on "):
                 self._address = line.split()[-1]
                 self._listening.set()
@@ -92,28 +102,35 @@ class Stack:
     """One loader, one tokenizer and one or more executors over one model."""
 
     def __init__(
-        self, model: Path, num_executors: int = 1, executor_options: Sequence[str] = (), device: str = "cpu"
+        self,
+        model: Path,
+        num_executors: int = 1,
+        executor_options: Sequence[str] = (),
+        device: str = "cpu",
+        options: Sequence[str] = (),  # of every service
     ) -> None:
+        self.options = options
         self.directory = tempfile.TemporaryDirectory()
         self.socket = str(Path(self.directory.name) / "loader.sock")
         self.model = model
         self.device = device
         self.executor_options = ["--device", device, *executor_options]
         self.loader = self.start_loader()
-        self.tokenizer = Service("tokenizer", "--loader", self.loader.address)
+        self.tokenizer = Service("tokenizer", "--loader", self.loader.address, *options)
         self.executors = [self.start_executor() for _ in range(num_executors)]
         for service in (self.loader, *self.executors):
             service.wait_healthy()
 
     def start_loader(self, *options: str) -> Service:
         options = ("--socket", self.socket, "--model", str(self.model), "--device", self.device, *options)
-        return Service("loader", *options)
+        return Service("loader", *options, *self.options)
 
     def start_executor(self, *options: str) -> Service:
         return Service(
             "executor",
             *("--loader", self.loader.address, "--tokenizer", self.tokenizer.address),
             *self.executor_options,
+            *self.options,
             *options,
         )
 
@@ -134,10 +151,14 @@ class Stack:
 
 @contextlib.contextmanager
 def running(
-    model: Path, num_executors: int = 1, executor_options: Sequence[str] = (), device: str = "cpu"
+    model: Path,
+    num_executors: int = 1,
+    executor_options: Sequence[str] = (),
+    device: str = "cpu",
+    options: Sequence[str] = (),
 ) -> Iterator[Stack]:
     """A stack that is stopped at the end, whatever happens."""
-    stack = Stack(model, num_executors, executor_options, device)
+    stack = Stack(model, num_executors, executor_options, device, options)
     try:
         yield stack
     finally:

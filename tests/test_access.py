@@ -19,6 +19,7 @@ from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import MAX_MESSAGE_BYTES, from_rpc_error
 from shared.server import OVERALL, Server, servicer_method
+from tests.calls import uncounted_calls
 
 KEYS = """
 alice: alice-key
@@ -35,6 +36,7 @@ class Executor(executor_pb2_grpc.ExecutorServiceServicer):
     """Streams that last until they are cancelled, and calls that tell who made them."""
 
     def __init__(self, server: Server) -> None:
+        self.calls = uncounted_calls()
         self.server = server
         self.num_parsed = 0
 
@@ -57,6 +59,9 @@ class Executor(executor_pb2_grpc.ExecutorServiceServicer):
 
 class Loader(loader_pb2_grpc.LoaderServiceServicer):
     """Answers where it is asked, which is what roles are about."""
+
+    def __init__(self) -> None:
+        self.calls = uncounted_calls()
 
     @servicer_method
     async def ListModels(self, request: Any, context: Any) -> Any:

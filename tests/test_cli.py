@@ -175,7 +175,10 @@ def test_wrong_usage(executor, arguments):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "generate", "chat", "models", "inspect", "quantize", "compare", "bench", "perplexity", "evaluate"],
+    [
+        *("", "serve", "generate", "chat", "models", "top"),
+        *("inspect", "quantize", "compare", "bench", "perplexity", "evaluate"),
+    ],
 )
 def test_help_teaches(command):
     code, out, _ = run(None, *command.split(), "--help")

@@ -217,6 +217,17 @@ def test_an_interrupt_while_it_starts_is_no_traceback(delay):
     assert process.returncode in (-signal.SIGINT, 130, 0)
 
 
+def test_it_serves_and_stops_when_nobody_reads_its_log_any_more():
+    server = Served()
+    process_ids = list(server.children().values())
+    server.process.stderr.close()
+    with Client(server.address) as client:
+        client.complete("one two", max_tokens=2)
+    server.process.terminate()
+    assert server.process.wait(30) == 0
+    assert _alive(process_ids) == []
+
+
 def test_children_end_with_a_supervisor_that_is_killed():
     server = Served()
     process_ids = list(server.children().values())
@@ -352,6 +363,20 @@ def test_a_port_in_use_is_reported(served):
     code, out, err = mxgpt("serve", "--port", port, "--tokenizer-port", "0", "--loader-port", "0")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("mxgpt: the executor ended with exit code")
+
+
+def test_with_json_logs_every_line_is_an_object(demo_gpt2):
+    served = Served("--model", str(demo_gpt2), "--log-format", "json", "--metrics-port", "0")
+    with Client(served.address) as client:
+        client.complete("one two", max_tokens=3, request_id="mine")
+    code, err = served.stop()
+    assert code == 0
+    records = [json.loads(line) for line in err.splitlines()]
+    assert {record["service"] for record in records} >= {"loader", "tokenizer", "executor", "serve"}
+    assert [r["service"] for r in records if r.get("request_id") == "mine" and "Generate ended" in r["message"]] == [
+        "executor"
+    ]
+    assert sum("metrics on 127.0.0.1:" in record["message"] for record in records) == 3
 
 
 def test_a_child_that_can_not_stay_up_ends_the_whole(demo_gpt2, monkeypatch):

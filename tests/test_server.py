@@ -19,6 +19,7 @@ from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason, ServiceError, Status, invalid_field
 from shared.rpc_errors import DETAILS_KEY, from_rpc_error, status_code
 from shared.server import OVERALL, Server, servicer_method
+from tests.calls import uncounted_calls
 
 SERVICE = "mxgpt.v1.ExecutorService"
 
@@ -27,6 +28,7 @@ class Servicer(executor_pb2_grpc.ExecutorServiceServicer):
     """Answers by what the request id says."""
 
     def __init__(self) -> None:
+        self.calls = uncounted_calls()
         self.closed = asyncio.Event()
 
     @servicer_method

@@ -26,6 +26,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "models": ("mxgpt.cli.models:models", "List what a server serves."),
     },
     "Examine": {
+        "top": ("mxgpt.cli.top:top", "Watch running services, live."),
         "inspect": ("mxgpt.cli.inspect:inspect", "Show what is in a GGUF file and the memory it will take."),
         "quantize": ("mxgpt.cli.quantize:quantize", "Write a GGUF file with its weights in another type."),
         "compare": ("mxgpt.cli.compare:compare", "Measure what a file lost against another."),

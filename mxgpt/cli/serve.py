@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,7 +15,16 @@ from rich.progress import Progress, TaskID
 from mxgpt.bundled import find_model
 from mxgpt.cli.failures import FAILED, OK, CommandError
 from mxgpt.cli.terminal import dim, progress
-from mxgpt.serve import EXECUTOR_PORT, LOADER_PORT, TOKENIZER_PORT, ServeConfig, ServeError, Supervisor
+from mxgpt.serve import (
+    EXECUTOR_PORT,
+    LOADER_PORT,
+    METRICS_PORT,
+    TOKENIZER_PORT,
+    ServeConfig,
+    ServeError,
+    Supervisor,
+)
+from shared.logs import FORMATS, json_line
 
 _PORT = click.IntRange(0, 65535)
 _FILE = click.Path(path_type=Path)
@@ -32,6 +43,8 @@ Examples:
 Logs go to stderr, each line marked with its service; stdout has one line, once requests can be served.
 Ctrl-C or SIGTERM lets running requests finish (--drain-seconds) and stops everything; a second Ctrl-C does not wait.
 A service that dies is reported and started again, up to five times a minute; one that can't start ends the command.
+Metrics are served on loopback: the loader's on --metrics-port, the tokenizer's and executors' on the next ones. The
+default is 9460, where `mxgpt top` looks, or none at all if --port is not its default.
 Certificates are for executors (docs/security.md); loader and tokenizer stay on loopback, the loader behind a key.
 """
 )
@@ -52,7 +65,10 @@ Certificates are for executors (docs/security.md); loader and tokenizer stay on 
 @click.option("--kv-memory-mib", type=click.IntRange(1), help="Memory for KV blocks of each executor.")
 @click.option("--float32-budget-mib", type=click.IntRange(0), help="Larger models stay quantised on the CPU.")
 @click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="What running requests get.")
+@click.option("--metrics-port", type=_PORT, help="On loopback; see below. 0 picks free ones.")
+@click.option("--traces", metavar="URL", help="OTLP receiver for traces, as http://localhost:4317, or file:/PATH.")
 @click.option("--log-level", default="INFO", show_default=True)
+@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
 @click.pass_context
 def serve(
@@ -63,6 +79,7 @@ def serve(
     max_context: int | None,
     kv_memory_mib: int | None,
     float32_budget_mib: int | None,
+    metrics_port: int | None,
     **options: object,
 ) -> None:
     """Load a model and serve it: loader, tokenizer and executor, as processes of their own."""
@@ -71,6 +88,7 @@ def serve(
         config = ServeConfig(
             model=model or find_model(),
             executor_options=_given(of_executors),
+            metrics_port=METRICS_PORT if metrics_port is None and options["port"] == EXECUTOR_PORT else metrics_port,
             loader_options=_given({"--float32-budget-mib": float32_budget_mib}),
             **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
         )
@@ -91,8 +109,9 @@ def _given(options: dict[str, int | None]) -> tuple[str, ...]:
 async def _serve(config: ServeConfig) -> int:
     with progress() as bar:
         task = bar.add_task(f"loading {config.model.name}", total=None)
-        supervisor = Supervisor(config, _print_line, lambda done, total: _advance(bar, task, done, total))
-        stopping = _stop_on_signals(supervisor)
+        print_line = _print_json if config.log_format == "json" else _print_line
+        supervisor = Supervisor(config, print_line, lambda done, total: _advance(bar, task, done, total))
+        stopping = _stop_on_signals(supervisor, print_line)
         running = asyncio.create_task(_run(supervisor, bar))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait([running, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -116,7 +135,7 @@ async def _run(supervisor: Supervisor, bar: Progress) -> None:
     await supervisor.ended()
 
 
-def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
+def _stop_on_signals(supervisor: Supervisor, print_line: Callable[[str, str], None]) -> asyncio.Event:
     """An event that the first SIGINT or SIGTERM sets; the second one kills."""
     stopping = asyncio.Event()
 
@@ -124,7 +143,7 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
         if stopping.is_set():
             supervisor.kill()
             return
-        _print_line("serve", "stopping; running requests may finish")
+        print_line("serve", "stopping; running requests may finish")
         stopping.set()
 
     loop = asyncio.get_running_loop()
@@ -137,5 +156,17 @@ def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
     bar.update(task, completed=done, total=total or None)
 
 
+def _print_json(label: str, line: str) -> None:
+    """A service's line names the service already; whatever else it writes, and what we report, becomes such a line."""
+    is_record = label != "serve" and line.startswith("{")
+    _say(line if is_record else json_line(label, "INFO", "mxgpt.serve", line))
+
+
 def _print_line(label: str, line: str) -> None:
-    print(f"{dim(f'{label:<10}|', sys.stderr)} {line}", file=sys.stderr, flush=True)
+    _say(f"{dim(f'{label:<10}|', sys.stderr)} {line}")
+
+
+def _say(line: str) -> None:
+    """A line to stderr; that nobody reads it any more keeps nothing from being served, or from being stopped."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)

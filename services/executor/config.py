@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.executor.engine_config import EngineConfig
 from services.executor.step import FULL, GPU_DEPTH, WINDOW
@@ -14,6 +14,7 @@ from shared.cuda_memory import device_index
 from shared.errors import Reason, ServiceError
 from shared.gpt_config import GPTConfig
 from shared.memory import kv_groups, num_kv_blocks
+from shared.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class ExecutorConfig:
     max_running: int = 64
     max_waiting: int = 512
     write_stall_seconds: float = 60.0
-    log_level: str = "INFO"
-    log_content: bool = False  # prompts and answers, too
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         device_index(self.device)
@@ -70,6 +70,11 @@ class ExecutorConfig:
             max_running=self.max_running,
             max_waiting=self.max_waiting,
         )
+
+    def kv_bytes(self, model: GPTConfig, engine: EngineConfig) -> int:
+        """Bytes of all the engine's KV blocks."""
+        groups = kv_groups(model, self.block_size, on_gpu=self.device != "cpu")
+        return sum(engine.num_blocks[group.name] * group.block_bytes for group in groups)
 
     def _num_blocks(self, model: GPTConfig, context: int) -> dict[str, int]:
         on_gpu = self.device != "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -29,8 +30,11 @@ from services.executor.messages import (
 from services.executor.request import Event, Request
 from shared.errors import Reason, ServiceError
 from shared.manifest import Manifest
+from shared.telemetry import TelemetryConfig
 
 log = logging.getLogger(__name__)
+
+STATUS_SECONDS = 1.0  # what a scrape of metrics waits for the step that runs
 
 
 def engine_gone() -> ServiceError:
@@ -51,6 +55,13 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
+        self._last_status: EngineStatus | None = None  # None before it has started
+
+    @property
+    def process_id(self) -> int:
+        """Of the engine's process, which has been started."""
+        assert self._process is not None
+        return self._process.pid
 
     async def start(
         self,
@@ -59,7 +70,7 @@ class EngineClient:
         engine: EngineConfig,
         device: str,
         num_threads: int,
-        log_level: str,
+        telemetry: TelemetryConfig,
     ) -> EngineStatus:
         """Start the process and wait until it runs.
 
@@ -73,7 +84,8 @@ class EngineClient:
                 "-m",
                 "services.executor.engine_process",
                 str(theirs.fileno()),
-                log_level,
+                telemetry.log_level,
+                telemetry.log_format,
                 pass_fds=(theirs.fileno(), *descriptors),
                 env={**os.environ, **blas_environment(num_threads, os.environ)},
             )
@@ -86,6 +98,7 @@ class EngineClient:
         if isinstance(answer, Broken):
             raise answer.error
         assert isinstance(answer, Ready)
+        self._last_status = answer.status
         self._reading = asyncio.create_task(self._read(reader))
         return answer.status
 
@@ -107,6 +120,14 @@ class EngineClient:
         self._status_waiters.append(waiter)
         self._send(AskStatus())
         return await waiter
+
+    async def last_status(self) -> EngineStatus | None:
+        """The engine's status or, where the step that runs takes long, the last known one; None before it starts."""
+        if self._last_status is not None and not self.gone.is_set():
+            with contextlib.suppress(TimeoutError, ServiceError):
+                async with asyncio.timeout(STATUS_SECONDS):
+                    self._last_status = await self.status()
+        return self._last_status
 
     async def stop(self) -> None:
         """End the process: closing the socket is enough, a kill follows if it is not."""

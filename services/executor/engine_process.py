@@ -91,5 +91,5 @@ def _obey(connection: EngineSocket, engine: Engine, command: Command) -> None:
 
 
 if __name__ == "__main__":
-    set_up_logs("engine", sys.argv[2])
+    set_up_logs("engine", *sys.argv[2:])
     main(int(sys.argv[1]))

@@ -85,6 +85,7 @@ class Generation:
         request_id: the caller's id for it.
         caller: whose call it is; nobody else can cancel or take it over.
         cancel_output: tells the engine that an output, by index, is over.
+        on_finished: told each output's Finished, and how many of its tokens were resumed.
         delta_interval: seconds that Deltas of a stream are apart now, at least.
     """
 
@@ -98,6 +99,7 @@ class Generation:
         vocabulary: Vocabulary | None,
         pipe: TextPipe,
         cancel_output: Callable[[int], None],
+        on_finished: Callable[[Any, int], None],
         delta_interval: Callable[[], float],
     ) -> None:
         self.request = request
@@ -108,6 +110,7 @@ class Generation:
         self._vocabulary = vocabulary
         self._pipe = pipe
         self._cancel_output = cancel_output
+        self._on_finished = on_finished
         self._delta_interval = delta_interval
         self._last_delta_time = 0.0
         self._due: asyncio.TimerHandle | None = None  # of the next Delta, while it gathers
@@ -295,6 +298,7 @@ class Generation:
             ),
             timings=self._timings(output),
         )
+        self._on_finished(finished, output.num_resumed)
         self._pending.append(executor_pb2.GenerateResponse(finished=finished))
         self._wake.set()
 

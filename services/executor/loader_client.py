@@ -33,6 +33,7 @@ from shared.errors import Reason, ServiceError, Status
 from shared.manifest import Manifest
 from shared.manifest_proto import manifest_from_proto, manifest_to_proto
 from shared.rpc_errors import from_rpc_error
+from shared.tracing import Metadata
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +79,21 @@ class LoaderClient:
         self.attachment: Attachment | None = None
         self._keeping: asyncio.Task[None] | None = None
 
-    async def attach(self, model: str, layouts: Sequence[str], executor_id: str) -> Attachment:
+    async def attach(self, model: str, layouts: Sequence[str], executor_id: str, metadata: Metadata = ()) -> Attachment:
         """Lease a model and receive its memory; the lease is kept in the background until `close`.
 
         Args:
             model: name, alias or digest; empty for the only one loaded.
             layouts: that the caller can use, best first.
             executor_id: names the holder to whoever wants to unload the model.
+            metadata: to send with the call.
 
         Raises:
             ServiceError: what the loader answered; LOADER_UNAVAILABLE if it, or its socket, can't be reached.
         """
         assert self._keeping is None, "one client holds one lease"
         request = loader_pb2.AttachRequest(model=model, executor_id=executor_id, layouts=layouts)
-        call = self._stub.Attach(request)
+        call = self._stub.Attach(request, metadata=metadata)
         try:
             attached = await _first_message(call)
             manifest = manifest_from_proto(attached.manifest)

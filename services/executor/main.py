@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import click
+from prometheus_client import ProcessCollector
+from prometheus_client.core import Metric
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2_grpc
 from services.executor.backend import layouts_of
 from services.executor.config import ExecutorConfig, default_num_threads
 from services.executor.engine_client import EngineClient, engine_gone
 from services.executor.loader_client import Attachment, LoaderClient
+from services.executor.metrics import ExecutorMetrics, engine_metrics, model_metrics, state_metrics
 from services.executor.servicer import ExecutorServicer
 from services.executor.text_pipe import TextPipe
 from services.executor.tokenizer_client import TokenizerClient
 from shared.channel import open_channel
 from shared.config import client_config, client_options, server_config, server_options
 from shared.errors import Reason, ServiceError, Status
-from shared.logs import set_up_logs
 from shared.phases import Phases
 from shared.server import OVERALL, Server
+from shared.telemetry import Telemetry, telemetry_config, telemetry_options
+from shared.tracing import NO_SPAN, Span
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +40,31 @@ class Executor:
 
     def __init__(self, config: ExecutorConfig) -> None:
         self._config = config
-        names = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
-        self._server = Server(config.server, [names])
-        self._servicer = ExecutorServicer(self._server, config)
+        name = executor_pb2.DESCRIPTOR.services_by_name["ExecutorService"].full_name
+        self._telemetry = Telemetry(config.telemetry, "executor", name, config.name)
+        self._server = Server(config.server, [name], self._telemetry.calls.denied)
+        self._metrics = ExecutorMetrics(self._telemetry.registry)
+        self._telemetry.calls.on_ended = self._metrics.on_call_ended
+        self._servicer = ExecutorServicer(self._server, self._telemetry.calls, self._metrics, config)
         executor_pb2_grpc.add_ExecutorServiceServicer_to_server(self._servicer, self._server.grpc)
         self._engine = EngineClient(self._servicer.on_events)
         self._loader = LoaderClient(config.loader, config.peers)
         self._tokenizer_channel = open_channel(config.tokenizer, config.peers)
         self._tasks: list[asyncio.Task[Any]] = []
+        self._pipe: TextPipe | None = None
+        self._lease: Span = NO_SPAN
+        self._of_model: list[Metric] = []  # metrics that do not change
 
     async def run(self) -> int:
-        """Serve until a signal or until the engine's process ends; returns the exit code."""
+        """Serve until a signal or until the engine's process ends; returns the exit code.
+
+        Raises:
+            RuntimeError: when an address can't be bound; OSError when that of metrics can't.
+        """
+        with self._telemetry.serving(self._config.server, self._collect):
+            return await self._run()
+
+    async def _run(self) -> int:
         address = await self._server.start()
         log.info("listening on %s", address)
         print(f"executor listening on {address}", flush=True)
@@ -75,12 +94,15 @@ class Executor:
             engine_config,
             self._config.device,
             self._config.num_threads,
-            self._config.log_level,
+            self._config.telemetry,
         )
         phases.lap("engine")
-        tokenizer = TokenizerClient(self._tokenizer_channel, manifest.digest)
-        pipe = TextPipe(tokenizer_pb2_grpc.TokenizerServiceStub(self._tokenizer_channel), manifest.digest)
-        self._servicer.serve_model(manifest, engine_config.max_context, self._engine, tokenizer, pipe)
+        tokenizer = TokenizerClient(self._tokenizer_channel, manifest.digest, self._telemetry.calls)
+        pipe = self._pipe = TextPipe(tokenizer_pb2_grpc.TokenizerServiceStub(self._tokenizer_channel), manifest.digest)
+        self._servicer.serve_model(manifest, engine_config.max_context, self._engine, tokenizer, pipe, self._lease)
+        kv_bytes = self._config.kv_bytes(manifest.config, engine_config)
+        self._of_model += model_metrics(manifest, self._config.name, self._config.device, kv_bytes)
+        ProcessCollector("mxgpt_executor_engine", lambda: self._engine.process_id, registry=self._telemetry.registry)
         self._tasks.append(asyncio.create_task(pipe.run()))
         self._tasks.append(asyncio.create_task(self._watch_loader()))
         self._tasks.append(asyncio.create_task(self._watch_tokenizer(tokenizer)))
@@ -95,7 +117,9 @@ class Executor:
         delay, last_message = 0.05, ""
         while True:
             try:
-                return await self._loader.attach(self._config.model, layouts, self._config.name)
+                with self._telemetry.calls.peer("LoaderService", "Attach", starts_trace=True) as peer:
+                    self._lease = peer.span
+                    return await self._loader.attach(self._config.model, layouts, self._config.name, peer.metadata)
             except ServiceError as error:
                 if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
                     raise
@@ -104,6 +128,17 @@ class Executor:
                     last_message = error.message
             await asyncio.sleep(delay)
             delay = min(2 * delay, 1.0)
+
+    async def _collect(self) -> Iterable[Metric]:
+        """The metrics that are read when a scrape comes."""
+        state = state_metrics(
+            num_streams=len(self._servicer.generations),
+            leased=self._loader.attached.is_set(),
+            draining=self._server.draining.is_set(),
+            text_breaks=self._pipe.num_breaks if self._pipe is not None else 0,
+        )
+        status = await self._engine.last_status()
+        return [*state, *self._of_model, *(engine_metrics(status) if status is not None else ())]
 
     async def _watch_loader(self) -> None:
         while True:
@@ -171,12 +206,11 @@ def _failure_of(task: asyncio.Task[None]) -> asyncio.Task[None]:
 @click.option("--max-running", type=int, default=64, show_default=True, help="Sequences in a step.")
 @click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
 @click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
-@click.option("--log-level", default="INFO", show_default=True)
-@click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
+@telemetry_options
 def main(**options: Any) -> None:
     """Serve Generate for one model, from weights that a loader shares."""
-    set_up_logs("executor", options["log_level"], with_content=options["log_content"])
     server = server_config(options)
+    telemetry = telemetry_config(options, server, "executor")
     peers = client_config(options)
     on_gpu = options["device"] != "cpu"
     kv_memory_mib = options.pop("kv_memory_mib")
@@ -186,7 +220,7 @@ def main(**options: Any) -> None:
     if options["max_batch_tokens"] is None:
         options["max_batch_tokens"] = 2048 if on_gpu else 256
     try:
-        config = ExecutorConfig(server=server, peers=peers, **options)
+        config = ExecutorConfig(server=server, peers=peers, telemetry=telemetry, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:

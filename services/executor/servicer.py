@@ -16,37 +16,50 @@ from services.executor.config import ExecutorConfig
 from services.executor.content_log import ContentLog
 from services.executor.engine_client import EngineClient
 from services.executor.generation import Form, Generation, Generations, Origin
+from services.executor.metrics import ExecutorMetrics, WatchedRequest
 from services.executor.request import Event, Request
 from services.executor.text_pipe import TextPipe
 from services.executor.tokenizer_client import TokenizerClient, Vocabulary
 from services.executor.validation import Limits
+from shared.calls import Calls, current_call
 from shared.errors import Reason, ServiceError
 from shared.manifest import Manifest
 from shared.server import Server, servicer_method
+from shared.tracing import Span
 
 
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     """Serves one model once `serve_model` has been called; until then calls are answered STARTING."""
 
-    def __init__(self, server: Server, config: ExecutorConfig) -> None:
+    def __init__(self, server: Server, calls: Calls, metrics: ExecutorMetrics, config: ExecutorConfig) -> None:
+        self.calls = calls
         self.executor_id = config.name
         self.generations = Generations()
+        self._metrics = metrics
         self._server = server
         self._device = config.device
         self._write_stall_seconds = config.write_stall_seconds
-        self._log_content = config.log_content
+        self._log_content = config.telemetry.log_content
         self._engine_ids = itertools.count()
         self._model: _Model | None = None
 
     def serve_model(
-        self, manifest: Manifest, context_length: int, engine: EngineClient, tokenizer: TokenizerClient, pipe: TextPipe
+        self,
+        manifest: Manifest,
+        context_length: int,
+        engine: EngineClient,
+        tokenizer: TokenizerClient,
+        pipe: TextPipe,
+        lease: Span,
     ) -> None:
-        """Begin to answer for a model whose engine runs."""
-        self._model = _Model(manifest, context_length, engine, tokenizer, pipe, self.executor_id)
+        """Begin to answer for a model whose engine runs, on weights that came in the span `lease`."""
+        self._model = _Model(manifest, context_length, engine, tokenizer, pipe, lease, self.executor_id)
+        self._metrics.serve_model(manifest.model)
 
     def on_events(self, events: Sequence[Event]) -> None:
         """Deliver one engine step."""
         assert self._model is not None
+        self._metrics.on_step(events)
         self.generations.on_events(events)
         self._model.pipe.flush()
 
@@ -137,6 +150,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
 
     async def _prepare(self, model: _Model, request: Any, caller: str) -> Generation:
         """Validate and tokenize; everything that may fail before the engine knows of the request."""
+        request_id = request.request_id or uuid.uuid4().hex
+        watched = WatchedRequest(current_call(), self._metrics, request_id, model.lease)
         limits = model.limits
         sampling = validation.sampling_from(request, limits)
         stop_strings = validation.stop_strings_from(request)
@@ -170,7 +185,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         def cancel_output(index: int) -> None:
             model.engine.cancel(engine_request.request_id, index)
 
-        request_id = request.request_id or uuid.uuid4().hex
+        watched.submitted()
         return Generation(
             engine_request,
             request_id,
@@ -180,6 +195,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             vocabulary,
             model.pipe,
             cancel_output,
+            watched.finished,
             self.generations.delta_interval,
         )
 
@@ -214,9 +230,11 @@ class _Model:
         engine: EngineClient,
         tokenizer: TokenizerClient,
         pipe: TextPipe,
+        lease: Span,
         executor_id: str,
     ) -> None:
         self.manifest = manifest
+        self.lease = lease
         self.engine = engine
         self.tokenizer = tokenizer
         self.pipe = pipe

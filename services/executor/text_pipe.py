@@ -69,6 +69,7 @@ class TextPipe:
         self._outbox = _Outbox()
         self._wake = asyncio.Event()
         self._answered = False  # on the stream that is open
+        self.num_breaks = 0
 
     def open(
         self,
@@ -122,6 +123,7 @@ class TextPipe:
                 if self._answered:
                     down_since, delay = None, 0.05
                 down_since = down_since or loop.time()
+                self.num_breaks += 1
                 log.warning("the tokenizer's stream broke: %s", failure.message)
                 if loop.time() - down_since > self._patience_seconds:
                     self._fail_all(failure)

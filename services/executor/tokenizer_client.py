@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from shared.calls import Calls
 from shared.channel import Channel
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import from_peer_error
@@ -30,9 +31,10 @@ class Vocabulary:
 class TokenizerClient:
     """Asks whichever tokenizer replica the channel balances to; `model` is the digest of the model served."""
 
-    def __init__(self, channel: Channel, model: str, timeout_seconds: float = 20.0) -> None:
+    def __init__(self, channel: Channel, model: str, calls: Calls, timeout_seconds: float = 20.0) -> None:
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         self.model = model
+        self._calls = calls
         self._timeout_seconds = timeout_seconds
         self._vocabulary: Vocabulary | None = None
 
@@ -43,7 +45,7 @@ class TokenizerClient:
             ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
         """
         request = tokenizer_pb2.TokenizeRequest(model=self.model, text=text, add_special=True)
-        return list((await self._call(self.stub.Tokenize, request)).token_ids)
+        return list((await self._call("Tokenize", request)).token_ids)
 
     async def render_chat(self, chat: Any) -> list[int]:
         """Token ids of a conversation in the model's own template.
@@ -52,7 +54,7 @@ class TokenizerClient:
             ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
         """
         request = tokenizer_pb2.RenderChatRequest(model=self.model, chat=chat)
-        return list((await self._call(self.stub.RenderChat, request)).token_ids)
+        return list((await self._call("RenderChat", request)).token_ids)
 
     async def vocabulary(self) -> Vocabulary:
         """Facts about the vocabulary, asked for once.
@@ -61,14 +63,16 @@ class TokenizerClient:
             ServiceError: TOKENIZER_UNAVAILABLE, or what the tokenizer answered.
         """
         if self._vocabulary is None:
-            info = await self._call(self.stub.GetInfo, tokenizer_pb2.GetInfoRequest(model=self.model))
+            info = await self._call("GetInfo", tokenizer_pb2.GetInfoRequest(model=self.model))
             self._vocabulary = Vocabulary({token.token_id: token.text for token in info.special_tokens}, info.harmony)
         return self._vocabulary
 
-    async def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return await method(request, timeout=self._timeout_seconds)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer did not answer in time") from error
-            raise from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE) from error
+    async def _call(self, method: str, request: Any) -> Any:
+        with self._calls.peer("TokenizerService", method) as peer:
+            try:
+                call = getattr(self.stub, method)
+                return await call(request, timeout=self._timeout_seconds, metadata=peer.metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer did not answer in time") from error
+                raise from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE) from error

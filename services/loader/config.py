@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.config import ServerConfig
 from shared.cuda_memory import device_index
 from shared.layout import FLOAT32_BUDGET
+from shared.telemetry import TelemetryConfig
 
 MAX_SOCKET_PATH_BYTES = 107  # what a Unix address holds
 
@@ -30,6 +31,7 @@ class LoaderConfig:
     adoption_seconds: float = 5.0  # how long executors of a loader that died may bring its memory before files are read
     num_threads: int = 4  # that read, decode and hash
     device: str = "cpu"  # or "cuda:N": where weights live
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         if self.server.is_exposed and not (self.server.knows_callers or self.server.allow_insecure):

@@ -11,12 +11,13 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from threading import Event
 
 from services.loader.loaded_model import LoadedModel
 from services.loader.loading import LoadOptions, Progress, Source, Stage, files_of, load_model, require_pin_count
 from services.loader.store import ModelStore, name_in_use
+from shared.calls import OK
 from shared.digest import StoppedError, digest_of
 from shared.errors import Reason, ServiceError, invalid_field
 from shared.gguf import check_unchanged
@@ -32,6 +33,7 @@ class Load:
         self.progress = Progress(Stage.PARSE)
         self.stop = Event()
         self.num_waiting = 0
+        self.start = time.monotonic()
         self.ended: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
 
     def advance(self, progress: Progress) -> None:
@@ -48,6 +50,7 @@ class Loads:
 
     def __init__(self, store: ModelStore, options: LoadOptions) -> None:
         self.options = options
+        self.on_ended: Callable[[str, float], None] = lambda _outcome, _seconds: None
         self._store = store
         self._loads: dict[str, Load] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,6 +76,11 @@ class Loads:
             load.num_waiting -= 1
             if load.num_waiting == 0 and not load.ended.done():
                 load.stop.set()
+
+    @property
+    def under_way(self) -> list[Load]:
+        """The loads that have not ended."""
+        return list(self._loads.values())
 
     def is_loading(self, names: Sequence[str]) -> bool:
         """Whether one of the names is about to stand for a model."""
@@ -123,6 +131,7 @@ class Loads:
                 raise StoppedError
             self._store.add(model)
             load.ended.set_result(model)
+            self.on_ended(OK, time.monotonic() - load.start)
             log.info(
                 "loaded %s from %s: %d bytes, %s, digest %s",
                 load.source.name, load.source.path, model.resident_bytes, model.manifest.layout, model.manifest.digest,
@@ -138,6 +147,8 @@ class Loads:
             del self._loads[load.source.name]
 
     def _fail(self, load: Load, error: Exception) -> None:
+        reason = error.reason if isinstance(error, ServiceError) else Reason.INTERNAL
+        self.on_ended(reason.name, time.monotonic() - load.start)
         log.info("%s is not loaded: %s", load.source.name, error)
         load.ended.set_exception(error)
         load.ended.exception()  # nobody may be waiting for it

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from prometheus_client.core import Metric
 
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from services.loader.config import LoaderConfig, default_socket
@@ -19,13 +21,14 @@ from services.loader.leases import Leases
 from services.loader.loading import LoadOptions, Source, default_name
 from services.loader.loads import Loads
 from services.loader.memory import Memory
-from services.loader.servicer import LoaderServicer
+from services.loader.metrics import LoadMetrics, loader_metrics
+from services.loader.servicer import LoaderServicer, loader_id
 from services.loader.store import ModelStore
 from shared.config import server_config, server_options
 from shared.cuda_memory import device_index
 from shared.errors import ServiceError
-from shared.logs import set_up_logs
 from shared.server import OVERALL, Server
+from shared.telemetry import Telemetry, telemetry_config, telemetry_options
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +42,25 @@ class Loader:
         self.store = ModelStore()
         self.leases = Leases()
         self._config = config
-        self._server = Server(config.server, [loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name])
+        name = loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name
+        self._telemetry = Telemetry(config.telemetry, "loader", name, loader_id())
+        self._server = Server(config.server, [name], self._telemetry.calls.denied)
         options = LoadOptions(config.model_root, config.num_threads, _memory(config))
         self._loads = Loads(self.store, options)
         self._handover = Handover(config.socket, config.allowed_uids)
-        self._servicer = LoaderServicer(self._server, self.store, self._loads, self.leases, self._handover)
+        self._loads.on_ended = LoadMetrics(self._telemetry.registry).on_ended
+        self._servicer = LoaderServicer(
+            self._server, self._telemetry.calls, self.store, self._loads, self.leases, self._handover
+        )
         loader_pb2_grpc.add_LoaderServiceServicer_to_server(self._servicer, self._server.grpc)
         self._found_stale = False
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code, 1 if a model that was asked for at start can't be had."""
+        with self._telemetry.serving(self._config.server, self._collect):
+            return await self._run()
+
+    async def _run(self) -> int:
         address = await self.start()
         loading = asyncio.create_task(self.load_at_start())
         serving = asyncio.create_task(self._server.serve(self._loads.close))
@@ -103,6 +115,10 @@ class Loader:
             self.store.remove(model)
             model.free()
 
+    async def _collect(self) -> Iterable[Metric]:
+        """The metrics that are read when a scrape comes."""
+        return loader_metrics(self.store, self._loads, self.leases)
+
     async def _wait_for_adoption(self, sources: list[Source]) -> None:
         seconds = self._config.adoption_seconds
         log.info(
@@ -156,14 +172,14 @@ def _make_directory(path: Path) -> None:
 @click.option("--allow-uid", "allowed_uids", type=int, multiple=True, help="User whose executors may map weights too.")
 @click.option("--adoption-seconds", type=float, default=5.0, show_default=True, help="Wait for a dead loader's memory.")
 @click.option("--threads", "num_threads", type=int, default=lambda: min(16, os.cpu_count() or 1), help="To load with.")
-@click.option("--log-level", default="INFO", show_default=True)
+@telemetry_options
 def main(**options: Any) -> None:
     """Load GGUF models into memory once, and lease them to executors read-only."""
-    set_up_logs("loader", options.pop("log_level"))
     server = server_config(options)
+    telemetry = telemetry_config(options, server, "loader")
     options["float32_budget"] = options.pop("float32_budget_mib") * 2**20
     try:
-        config = LoaderConfig(server=server, **options)
+        config = LoaderConfig(server=server, telemetry=telemetry, **options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:

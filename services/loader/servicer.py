@@ -7,6 +7,7 @@ cancellation arrives where they wait, and their `finally` runs at once. A lease 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -24,6 +25,7 @@ from services.loader.loads import Loads
 from services.loader.model_proto import model_to_proto, progress_to_proto
 from services.loader.store import ModelStore
 from services.loader.tokenizer_files import read_tokenizer
+from shared.calls import Calls
 from shared.errors import Reason, ServiceError, invalid_field
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
@@ -32,6 +34,7 @@ from shared.manifest_proto import manifest_from_proto, manifest_to_proto
 from shared.memory import estimate_memory
 from shared.server import Server, servicer_method
 from shared.tokenizer_data_proto import to_pieces
+from shared.tracing import Span
 
 PROGRESS_SECONDS = 0.1  # between two messages of a load
 MAX_EXECUTOR_ID_CHARACTERS = 256
@@ -39,10 +42,18 @@ MAX_EXECUTOR_ID_CHARACTERS = 256
 Context: TypeAlias = grpc.aio.ServicerContext
 
 
+def loader_id() -> str:
+    """This loader's id: its host and process."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
     """Serves mxgpt.v1.LoaderService over one store of models."""
 
-    def __init__(self, server: Server, store: ModelStore, loads: Loads, leases: Leases, handover: Handover) -> None:
+    def __init__(
+        self, server: Server, calls: Calls, store: ModelStore, loads: Loads, leases: Leases, handover: Handover
+    ) -> None:
+        self.calls = calls
         self.adoption = Adoption(store, loads, leases, handover)
         self.has_ended_leases = False  # by stopping under them
         self._server = server
@@ -50,7 +61,7 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
         self._loads = loads
         self._leases = leases
         self._handover = handover
-        self._id = f"{socket.gethostname()}-{os.getpid()}"
+        self._id = loader_id()
 
     @servicer_method
     async def LoadModel(self, request: loader_pb2.LoadModelRequest, context: Context) -> None:
@@ -152,7 +163,8 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
         with self._leases.hold(model, request.executor_id):
             ticket = self._handover.hand_out(model.descriptors, model.sizes)
             try:
-                await context.write(self._attached(model.manifest, ticket))
+                with self._traced(context):
+                    await context.write(self._attached(model.manifest, ticket))
                 await self._server.draining.wait()
             finally:
                 self._handover.withdraw(ticket)
@@ -173,6 +185,11 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
             if not told:
                 await context.write(self._attached(model.manifest, b""))
             await self._server.draining.wait()
+
+    def _traced(self, context: Context) -> contextlib.AbstractContextManager[Span]:
+        """The span of the beginning of a lease: the lease itself lives on, and would be told when it is over."""
+        name = "mxgpt.v1.LoaderService/Attach"
+        return self.calls.tracing.serve(name, context.invocation_metadata(), starts_trace=False)
 
     def _attached(self, manifest: Manifest, ticket: bytes, *, adopt: bool = False) -> loader_pb2.AttachResponse:
         attached = loader_pb2.Attached(

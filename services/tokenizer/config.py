@@ -7,6 +7,7 @@ from pathlib import Path
 
 from services.tokenizer.template_pool import TemplateLimits
 from shared.config import ClientConfig, ServerConfig
+from shared.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TokenizerConfig:
     tokenizer_json: Path | None = None  # instead of the vocabulary in `model`
     num_template_workers: int = 2
     template_limits: TemplateLimits = field(default_factory=TemplateLimits)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         if self.tokenizer_json is not None and self.model is None:

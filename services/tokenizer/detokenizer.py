@@ -26,6 +26,11 @@ class Detokenizer:
         self._sequences: dict[int, SequenceText] = {}
         self._ended_ids: OrderedDict[int, None] = OrderedDict()
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences open now."""
+        return len(self._sequences)
+
     def handle(self, request: tokenizer_pb2.DetokenizeStreamRequest) -> tokenizer_pb2.DetokenizeStreamResponse:
         """The answer to one message: an entry for each sequence with something to say."""
         answers: dict[int, tokenizer_pb2.SequenceText] = {}

@@ -11,8 +11,10 @@ from services.tokenizer.backends import Tokenizer
 from services.tokenizer.chat import CONTENT_KEYS, template_variables, today
 from services.tokenizer.detokenizer import Detokenizer
 from services.tokenizer.guard import encode_rendered, guard
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.store import TokenizerStore
 from services.tokenizer.template_pool import TemplatePool
+from shared.calls import Calls
 from shared.errors import Reason, ServiceError, invalid_field
 from shared.server import servicer_method
 
@@ -25,7 +27,9 @@ INLINE_CHARS = 4096  # a text so short is encoded at once: a millisecond, about 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """Serves the tokenizers of `store`; templates run in `templates`."""
 
-    def __init__(self, store: TokenizerStore, templates: TemplatePool) -> None:
+    def __init__(self, store: TokenizerStore, templates: TemplatePool, calls: Calls, metrics: TokenizerMetrics) -> None:
+        self.calls = calls
+        self._metrics = metrics
         self._store = store
         self._templates = templates
 
@@ -36,6 +40,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if num_bytes > MAX_TEXT_BYTES:
             raise invalid_field("text", f"has {num_bytes} bytes, and may have {MAX_TEXT_BYTES}")
         ids = await _encode(tokenizer, request.text, request.parse_special, request.add_special)
+        self._metrics.encoded.inc(len(ids))
         return tokenizer_pb2.TokenizeResponse(token_ids=ids)
 
     @servicer_method
@@ -48,6 +53,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         text = tokenizer.decode(request.token_ids, special_tokens=request.special_tokens)
         if len(text.encode()) > MAX_DECODED_BYTES:
             raise invalid_field("token_ids", f"decode to more than {MAX_DECODED_BYTES} bytes; decode them in parts")
+        self._metrics.decoded.inc(len(request.token_ids))
         return tokenizer_pb2.DetokenizeResponse(text=text)
 
     @servicer_method
@@ -65,6 +71,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             why = f"The conversation takes more than {MAX_TEXT_BYTES} bytes once rendered."
             raise ServiceError(Reason.CHAT_TEMPLATE_FAILED, why)
         text, ids = await asyncio.to_thread(encode_rendered, tokenizer, rendered, chat.mark)
+        self._metrics.encoded.inc(len(ids))
         harmony = bool(tokenizer.vocabulary.harmony_markers)
         return tokenizer_pb2.RenderChatResponse(text=text, token_ids=ids, harmony=harmony)
 
@@ -73,11 +80,14 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, requests: AsyncIterator[tokenizer_pb2.DetokenizeStreamRequest], context: Any
     ) -> AsyncIterator[tokenizer_pb2.DetokenizeStreamResponse]:
         detokenizer = None
-        async for request in requests:
-            if detokenizer is None:
-                tokenizer = await self._store.find(request.model)
-                detokenizer = Detokenizer(tokenizer.vocabulary)
-            yield detokenizer.handle(request)
+        with self._metrics.stream() as watched:
+            async for request in requests:
+                if detokenizer is None:
+                    tokenizer = await self._store.find(request.model)
+                    detokenizer = Detokenizer(tokenizer.vocabulary)
+                answer = detokenizer.handle(request)
+                watched.count(request, detokenizer.num_sequences)
+                yield answer
 
     @servicer_method
     async def GetInfo(self, request: tokenizer_pb2.GetInfoRequest, context: Any) -> tokenizer_pb2.GetInfoResponse:

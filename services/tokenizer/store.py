@@ -14,6 +14,7 @@ import grpc
 
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from services.tokenizer.backends import Tokenizer, make_tokenizer
+from shared.calls import Calls
 from shared.channel import Channel
 from shared.digest import digest_of
 from shared.errors import Reason, ServiceError
@@ -31,6 +32,11 @@ FETCH_SECONDS = 60.0
 
 class TokenizerStore(Protocol):
     """Finds tokenizers by the model's name, alias or digest."""
+
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        """Those at hand."""
+        ...
 
     async def find(self, model: str) -> Tokenizer:
         """The tokenizer of a model; of the only one, where the name is empty.
@@ -65,6 +71,10 @@ class FileStore:
         )
         return cls(make_tokenizer(data))
 
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        return [self._tokenizer]
+
     async def find(self, model: str) -> Tokenizer:
         data = self._tokenizer.data
         if model not in ("", data.model, data.digest):
@@ -75,13 +85,18 @@ class FileStore:
 class LoaderStore:
     """The tokenizers of a loader's models. What was fetched once is served on while the loader is away."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, calls: Calls) -> None:
+        self._calls = calls
         self.is_loader_there = False  # at the last refresh
         self._stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
         self._models: dict[str, str] = {}  # name -> digest
         self._digests: dict[str, str] = {}  # name, alias or digest -> digest
         self._tokenizers: OrderedDict[str, Tokenizer] = OrderedDict()  # by digest, the least used first
         self._fetches: dict[str, asyncio.Task[Tokenizer]] = {}
+
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        return list(self._tokenizers.values())
 
     @property
     def is_ready(self) -> bool:
@@ -104,11 +119,13 @@ class LoaderStore:
             ServiceError: LOADER_UNAVAILABLE; what was known stays known.
         """
         request = loader_pb2.ListModelsRequest()
-        try:
-            models = (await self._stub.ListModels(request, timeout=LIST_SECONDS)).models
-        except grpc.aio.AioRpcError as error:
-            self.is_loader_there = False
-            raise _loader_error(error) from None
+        with self._calls.peer("LoaderService", "ListModels") as peer:
+            try:
+                call = self._stub.ListModels(request, timeout=LIST_SECONDS, metadata=peer.metadata)
+                models = (await call).models
+            except grpc.aio.AioRpcError as error:
+                self.is_loader_there = False
+                raise _loader_error(error) from None
         self.is_loader_there = True
         self._models = {model.name: model.digest for model in models}
         self._digests = {name: model.digest for model in models for name in (model.digest, *model.aliases)}
@@ -142,10 +159,12 @@ class LoaderStore:
 
     async def _fetch(self, digest: str) -> Tokenizer:
         request = loader_pb2.GetTokenizerDataRequest(model=digest)
-        try:
-            pieces = [piece async for piece in self._stub.GetTokenizerData(request, timeout=FETCH_SECONDS)]
-        except grpc.aio.AioRpcError as error:
-            raise _loader_error(error) from None
+        with self._calls.peer("LoaderService", "GetTokenizerData") as peer:
+            try:
+                call = self._stub.GetTokenizerData(request, timeout=FETCH_SECONDS, metadata=peer.metadata)
+                pieces = [piece async for piece in call]
+            except grpc.aio.AioRpcError as error:
+                raise _loader_error(error) from None
         tokenizer = await asyncio.to_thread(lambda: make_tokenizer(from_pieces(pieces)))
         self._tokenizers[digest] = tokenizer
         if len(self._tokenizers) > MAX_TOKENIZERS:

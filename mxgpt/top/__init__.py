@@ -1,0 +1,1 @@
+"""A live view of running services, from the metrics that they serve."""
