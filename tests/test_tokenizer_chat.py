@@ -16,40 +16,13 @@ from services.tokenizer.chat import CONTENT_KEYS, template_variables, today
 from services.tokenizer.guard import encode_rendered, guard
 from services.tokenizer.template_pool import TemplateLimits, TemplatePool
 from shared.errors import Reason, ServiceError
+from tests.hostile_templates import BROKEN, ESCAPES, EXHAUSTING
 from tests.tokenizer_files import GPT_4O, trained_tokenizer
 
 LIMITS = TemplateLimits(wall_seconds=1.0, cpu_seconds=1, memory_bytes=192 << 20, max_chars=100_000)
 MESSAGES = {"messages": [{"role": "user", "content": "hé 🚀"}]}
 
-HOSTILE = {
-    "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "computes for ever in C": "{{ 7 ** (7 ** 77777777) }}",
-    "takes memory at once": "{{ ('x' * 10 ** 10) | length }}",
-    "takes memory bit by bit": (
-        "{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-    ),
-    "builds lists": "{{ [[0] * 10 ** 9] | length }}",
-    "writes without end": "{% for a in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
-    "writes one large piece": "{{ 'x' * 10 ** 6 }}",
-    "recurses": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "reads classes": "{{ ''.__class__ }}",
-    "reads classes by filter": "{{ '' | attr('__class__') }}",
-    "reads classes by format": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "reads classes by map": "{{ ['x'] | map(attribute='__class__') | list }}",
-    "reads a function's globals": "{{ raise_exception.__globals__ }}",
-    "reads a method's function": "{{ strftime_now.__self__ }}",
-    "reads its own code": "{{ self.__init__.__globals__ }}",
-    "changes its messages": "{{ messages.append(1) }}",
-    "includes a file": "{% include '/etc/passwd' %}",
-    "imports a file": "{% import '/etc/passwd' as x %}",
-    "extends a file": "{% extends '/etc/passwd' %}",
-    "is no template": "{% for %}",
-    "nests deeply": "{{ " + "(" * 20_000 + ")" * 20_000 + " }}",
-    "divides by zero": "{{ 1 / 0 }}",
-    "makes no text": "{{ '\\ud800' }}",
-    "refuses": "{{ raise_exception('only one message \\ud800') }}",
-    "calls what is not there": "{{ open('/etc/passwd') }}",
-}
+HOSTILE = ESCAPES | EXHAUSTING | BROKEN
 
 
 def with_pool(test: Callable[[TemplatePool], Awaitable[Any]], num_workers: int = 1) -> Any:
@@ -70,6 +43,7 @@ def render(template: str, variables: dict[str, Any] | None = None) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_fails_and_the_next_one_is_served(name: str) -> None:
     async def test(pool: TemplatePool) -> None:
+        await pool.start()
         start = time.monotonic()
         with pytest.raises(ServiceError) as raised:
             await pool.render(HOSTILE[name], MESSAGES, "2025-08-07")

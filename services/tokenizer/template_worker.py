@@ -55,6 +55,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = to_json
         self.globals["raise_exception"] = raise_exception
+        del self.globals["lipsum"]  # prints filler text, which it would import from a file
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} is forbidden")
@@ -79,8 +80,8 @@ def raise_exception(message: str) -> NoReturn:
 class Renderer:
     """Compiles templates, keeps the last few, renders them."""
 
-    def __init__(self) -> None:
-        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)(Environment().from_string)
+    def __init__(self, environment: Environment | None = None) -> None:
+        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)((environment or Environment()).from_string)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"text"} or {"error", "is_exhausted"} for {"template", "variables", "today" (YYYY-MM-DD), "max_chars"}."""
