@@ -81,7 +81,8 @@ class Renderer:
     """Compiles templates, keeps the last few, renders them."""
 
     def __init__(self, environment: Environment | None = None) -> None:
-        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)((environment or Environment()).from_string)
+        self.environment = environment or Environment()
+        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)(self.environment.from_string)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"text"} or {"error", "is_exhausted"} for {"template", "variables", "today" (YYYY-MM-DD), "max_chars"}."""
@@ -146,6 +147,8 @@ def _warm_up(renderer: Renderer) -> None:
     assert "text" in renderer.answer(request)
     assert "error" in renderer.answer({**request, "template": "{{ messages.__class__ }}"})
     assert "error" in renderer.answer({**request, "template": "{{ messages | no_such_filter }}"})
+    for name in renderer.environment.filters:
+        renderer.answer({**request, "template": f"{{{{ 'é' | {name} }}}}"})
 
 
 def _limit_process(max_memory_bytes: int) -> None:
