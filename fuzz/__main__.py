@@ -83,6 +83,5 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
     atheris.Fuzz()
 
 
-
 if __name__ == "__main__":
     main()

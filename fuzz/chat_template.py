@@ -29,7 +29,18 @@ MEMORY_BYTES = 256 << 20  # of address space that a template may take, as in the
 MAX_CHARS = 20_000
 CANARY = "canary-4f1d"
 
-FORBIDDEN_EVENTS = ("open", "os.", "socket.", "subprocess.", "shutil.", "ctypes.", "import", "pty.", "tempfile.", "mmap.")
+FORBIDDEN_EVENTS = (
+    "open",
+    "os.",
+    "socket.",
+    "subprocess.",
+    "shutil.",
+    "ctypes.",
+    "import",
+    "pty.",
+    "tempfile.",
+    "mmap.",
+)
 
 # CPython looks for the source of a syntax error in code that Jinja has made, such as a break outside a loop.
 HARMLESS_EVENTS = (("open", ("<template>", "rb", 0)),)
@@ -38,7 +49,11 @@ VARIABLES: dict[str, Any] = {
     "messages": [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hé {0.__class__} %s 🚀"},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, None]}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, None]}}}],
+        },
     ],
     "tools": [{"type": "function", "function": {"name": "f", "description": "d"}}],
     "add_generation_prompt": True,
@@ -54,10 +69,40 @@ NAMES = (
 ATTRIBUTES = (
     *("role", "content", "items", "keys", "get", "format", "format_map", "join", "split", "strip", "upper", "encode"),
     *("index", "index0", "first", "last", "previtem", "nextitem", "cycle", "changed", "append", "update", "pop", "mro"),
-    *("__class__", "__init__", "__globals__", "__mro__", "__base__", "__subclasses__", "__self__", "__func__", "__call__"),
-    *("__code__", "__dict__", "__builtins__", "__import__", "__getattribute__", "__reduce_ex__", "__module__", "__doc__"),
+    *(
+        "__class__",
+        "__init__",
+        "__globals__",
+        "__mro__",
+        "__base__",
+        "__subclasses__",
+        "__self__",
+        "__func__",
+        "__call__",
+    ),
+    *(
+        "__code__",
+        "__dict__",
+        "__builtins__",
+        "__import__",
+        "__getattribute__",
+        "__reduce_ex__",
+        "__module__",
+        "__doc__",
+    ),
     *("gi_frame", "gi_code", "cr_frame", "ag_frame", "f_globals", "f_builtins", "f_back", "tb_frame", "func_globals"),
-    *("environment", "_environment", "_module", "blocks", "parent", "name", "eval_ctx", "_func", "template", "__wrapped__"),
+    *(
+        "environment",
+        "_environment",
+        "_module",
+        "blocks",
+        "parent",
+        "name",
+        "eval_ctx",
+        "_func",
+        "template",
+        "__wrapped__",
+    ),
 )
 LITERALS = ("0", "1", "-1", "3", "1.5", "true", "none", "''", "'x'", "'{0.__class__.__mro__}'", "'%(a)s'", "[]", "{}")
 OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", " in ", " and ", " or ", " not in ")

@@ -1,4 +1,4 @@
-"""Chat templates that mean harm, by what they try, and ordinary ones; tests render them, the fuzzer starts from them."""
+"""Chat templates that mean harm, by what they try, and ordinary ones; the fuzzer starts from them too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ ESCAPES = {
 # What takes time, memory or output without bound.
 EXHAUSTING = {
     "loops for ever": _LONG_LOOP,
-    "loops for ever in a condition": "{% if (range(99999) | map('string') | join | list | length) %}" + _LONG_LOOP + "{% endif %}",
+    "loops for ever in a condition": "{% if (range(99999) | map('string') | join | list | length) %}"
+    + _LONG_LOOP
+    + "{% endif %}",
     "loops for ever by recursion in a loop": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
     "computes for ever in C": "{{ 7 ** (7 ** 77777777) }}",
     "multiplies without end": (
@@ -98,8 +100,8 @@ BROKEN = {
 
 ORDINARY = (
     "{{ strftime_now('%Y-%m-%d') }} {{ messages | tojson }} {{ {'b': 1, 'a': '<&>'} | tojson(indent=1) }}",
-    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
     "{% generation %}x{% endgeneration %}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('<b>') }}{{ missing is defined }}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ loop.index }}{% endfor %}{{ ns.n }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = loop.index %}{% endfor %}{{ ns.n }}",
     "{{ bos_token }}{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m['content'].split(' ')[0] | trim }}{% endfor %}",
 )
