@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from services.tokenizer.guard import encode_rendered, guard
 from services.tokenizer.template_pool import TemplateLimits, TemplatePool
 from shared.errors import Reason, ServiceError
 from tests.hostile_templates import BROKEN, ESCAPES, EXHAUSTING
+from tests.stack import ROOT
 from tests.tokenizer_files import GPT_4O, trained_tokenizer
 
 LIMITS = TemplateLimits(wall_seconds=1.0, cpu_seconds=1, memory_bytes=192 << 20, max_chars=100_000)
@@ -57,6 +62,7 @@ def test_a_hostile_template_fails_and_the_next_one_is_served(name: str) -> None:
 
 def test_a_template_that_takes_its_time_holds_up_no_other() -> None:
     async def test(pool: TemplatePool) -> None:
+        await asyncio.gather(pool.start(), pool.start())
         slow = asyncio.create_task(pool.render(HOSTILE["loops for ever"], MESSAGES, "2025-08-07"))
         await asyncio.sleep(0.05)
         start = time.monotonic()
@@ -104,16 +110,53 @@ def test_what_templates_of_hugging_face_models_use(template: str, text: str) -> 
     assert render(template) == text
 
 
-def test_the_worker_can_open_nothing() -> None:
-    """Even code outside the sandbox would have no descriptors to open a file or a socket with."""
+# What code that has left the sandbox would try, in a process that has limited itself as the worker does.
+REACHES = {
+    "opens a file": "os.open('/etc/passwd', os.O_RDONLY)",
+    "writes a file": "os.open('/tmp/x', os.O_CREAT | os.O_WRONLY)",
+    "opens a file in place of a closed one": "os.close(2), os.open('/etc/passwd', os.O_RDONLY)",
+    "lists a directory": "os.listdir('/')",
+    "opens a socket": "socket.socket()",
+    "forks": "os.fork()",
+    "starts a program": "os.execv('/bin/true', ['true'])",
+    "starts a thread": "threading.Thread(target=print).start()",
+    "kills": "os.kill(os.getppid(), 0)",
+    "makes memory with a descriptor": "os.memfd_create('x')",
+    "limits its parent": "resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1))",
+    "removes a file": "os.unlink('/tmp/x')",
+}
 
-    async def limits(pool: TemplatePool) -> str:
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_code_that_has_left_the_sandbox_reaches_nothing(reach: str) -> None:
+    code = f"""
+import os, resource, socket, threading
+from services.tokenizer.template_worker import _limit_process
+PARENT = os.getppid()
+assert _limit_process(1 << 30) == ""
+assert resource.prlimit(0, resource.RLIMIT_NOFILE) == (3, 3)
+try:
+    {REACHES[reach]}
+except (OSError, RuntimeError) as error:
+    print("refused:", error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.stdout.startswith("refused:"), (ran.stdout, ran.stderr)
+
+
+def test_the_worker_can_open_nothing() -> None:
+    """It runs under the limits, and under the kernel's filter of system calls."""
+
+    async def limits(pool: TemplatePool) -> tuple[str, str]:
         await pool.render("ok", MESSAGES, "2025-08-07")
         [worker] = pool._idle
-        with open(f"/proc/{worker.pid}/limits") as file:
-            return file.read()
+        process = Path(f"/proc/{worker.pid}")
+        return (process / "limits").read_text(), (process / "status").read_text()
 
-    rows = {line[:26].strip(): line[26:].split()[:2] for line in with_pool(limits).splitlines()}
+    lines, status = with_pool(limits)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    rows = {line[:26].strip(): line[26:].split()[:2] for line in lines.splitlines()}
     assert rows["Max open files"] == ["3", "3"]
     assert rows["Max file size"] == ["0", "0"]
     assert rows["Max address space"] == [str(LIMITS.memory_bytes)] * 2
