@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from mxgpt.v1 import loader_pb2
+from services.tokenizer.backends import make_tokenizer
+from services.tokenizer.servicer import MAX_TEXT_BYTES
 from shared.errors import Reason, ServiceError
+from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf
 from shared.tokenizer_data import tokenizer_data_from_gguf
 from tests.gguf_files import write_gguf
 from tests.hostile_files import HostileFile, hostile_files, narrow_arrays
-from tests.loader_harness import asynchronous, num_memfds, refusal, running_loader, write_gpt2
+from tests.loader_harness import asynchronous, num_memfds, refusal, running_loader, write_gpt2, write_gpt_oss
+from tests.tokenizer_files import GPT_4O, trained_tokenizer
 
 FILES = list(hostile_files())
 
@@ -50,6 +54,40 @@ def test_650_000_strings_take_well_under_a_second(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(read_gguf(path).metadata.get_strings("tokenizer.ggml.tokens")) == 650_000
     assert time.process_time() - start < 0.7
+
+
+def test_a_text_of_as_many_tokens_as_bytes_keeps_them_all() -> None:
+    """After CVE-2025-52566, where the number of a text's tokens was compared as a signed number with the room."""
+    tokenizer = make_tokenizer(trained_tokenizer(GPT_4O).data(merges=(), add_bos_token=True))
+    text = "\U0010ffff" * (MAX_TEXT_BYTES // 4)
+    ids = tokenizer.encode(text, parse_special=True, add_special=True)
+    assert len(ids) == MAX_TEXT_BYTES + 1, "without merges each byte is a token, and BOS is one more"
+    assert tokenizer.decode(ids, special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    ("type_", "blocks"),
+    [
+        (GGMLType.MXFP4, b"\xff" + bytes(16)),  # a scale of E8M0 that stands for NaN
+        (GGMLType.Q8_0, b"\x00\x7c" + bytes(32)),  # an F16 scale of infinity
+        (GGMLType.Q8_0, b"\x01\xfc" + bytes(32)),  # one that is NaN
+    ],
+)
+@asynchronous
+async def test_scales_that_are_no_numbers_are_refused_where_weights_are_read(
+    tmp_path: Path, type_: GGMLType, blocks: bytes
+) -> None:
+    path = write_gpt_oss(tmp_path / "model.gguf")
+    file = read_gguf(path)
+    info = next(info for info in reversed(file.tensors.values()) if info.type is type_)
+    with path.open("r+b") as stream:
+        stream.seek(info.offset + info.num_bytes - len(blocks))
+        stream.write(blocks)
+    async with running_loader(tmp_path) as running:
+        error = await refusal(running.stub.LoadModel(loader_pb2.LoadModelRequest(path=str(path))))
+        assert error.reason is Reason.MODEL_INVALID
+        assert info.name in error.message
+        assert num_memfds() == 0
 
 
 @asynchronous

@@ -129,14 +129,14 @@ async def test_plain_hashes_come_after_loading_and_hold_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_hash = threading.Event()
-    real = provenance._sha256
+    real = provenance.plain_sha256
 
     def slow(path: Path, stop: threading.Event) -> str:
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == 19
         assert may_hash.wait(30)
         return real(path, stop)
 
-    monkeypatch.setattr(provenance, "_sha256", slow)
+    monkeypatch.setattr(provenance, "plain_sha256", slow)
     monkeypatch.setattr(provenance, "WATCH_SECONDS", 0.02)
     first, second = write_gpt2(tmp_path / "first.gguf"), write_gpt2(tmp_path / "second.gguf", seed=1)
     async with running_loader(tmp_path, first) as running:
@@ -189,14 +189,14 @@ async def test_a_file_that_changes_after_loading_is_noticed_and_does_no_harm(
 @asynchronous
 async def test_a_loader_stops_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashing = threading.Event()
-    real = provenance._sha256
+    real = provenance.plain_sha256
 
     def endless(path: Path, stop: threading.Event) -> str:
         hashing.set()
         while True:
             real(path, stop)
 
-    monkeypatch.setattr(provenance, "_sha256", endless)
+    monkeypatch.setattr(provenance, "plain_sha256", endless)
     monkeypatch.setattr(provenance, "WATCH_SECONDS", 0.02)
     async with running_loader(tmp_path, write_gpt2(tmp_path / "model.gguf")) as running:
         (model,) = running.loader.store.models

@@ -8,24 +8,21 @@ the weights are a copy. But who loads the file again, or compares it with what a
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Event
 
 from services.loader.loaded_model import LoadedModel
 from services.loader.store import ModelStore
-from shared.digest import StoppedError
+from shared.digest import StoppedError, plain_sha256
 from shared.errors import ServiceError
 from shared.gguf import GGUFFile, check_unchanged
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 5.0  # how soon a change of a file is noticed
-READ_BYTES = 4 << 20
 
 
 class Provenance:
@@ -62,7 +59,7 @@ class Provenance:
         try:
             check_unchanged(model.file)
             if not model.file_sha256:
-                hashes = tuple(_sha256(path, self._stop) for path in model.file.paths)
+                hashes = tuple(plain_sha256(path, self._stop) for path in model.file.paths)
                 check_unchanged(model.file)
                 model.file_sha256 = hashes
                 log.info("%s: %s", model.manifest.model, _list(model.file, hashes))
@@ -76,16 +73,6 @@ class Provenance:
 
 def _list(file: GGUFFile, hashes: tuple[str, ...]) -> str:
     return ", ".join(f"{path} has SHA-256 {sha256}" for path, sha256 in zip(file.paths, hashes, strict=True))
-
-
-def _sha256(path: Path, stop: Event) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(READ_BYTES):
-            if stop.is_set():
-                raise StoppedError
-            hasher.update(data)
-    return hasher.hexdigest()
 
 
 def _lower_priority() -> None:
