@@ -14,12 +14,14 @@ import pytest
 
 from mxgpt.v1 import loader_pb2
 from services.loader import provenance
-from services.loader.pins import Pins
+from services.tokenizer.store import FileStore
 from shared.errors import Reason, ServiceError, Status
 from shared.ggml_type import GGMLType
+from shared.pins import Pins
 from tests.gguf_files import write_gguf
 from tests.loader_harness import asynchronous, attached, num_memfds, refusal, running_loader, until, write_gpt2
 from tests.stack import ROOT
+from tests.tokenizer_files import GPT_2, trained_tokenizer
 
 
 def sha256(path: Path) -> str:
@@ -97,6 +99,21 @@ async def test_a_tokenizer_json_beside_the_model_is_pinned_too(tmp_path: Path) -
         assert (error.reason, error.metadata["file"]) == (Reason.MODEL_CHANGED, str(beside))
     async with running_loader(tmp_path, model, pins=write_pins(tmp_path, model)) as running:
         assert "not on the list" in (await refusal(running.stub.GetTokenizerData(request))).message
+
+
+def test_a_tokenizer_of_a_file_keeps_to_its_pins(tmp_path: Path) -> None:
+    trained = trained_tokenizer(GPT_2)
+    model, beside = trained.write_gguf(tmp_path / "model.gguf"), tmp_path / "tokenizer.json"
+    beside.write_text(trained.json)
+    FileStore.read(model, pins=write_pins(tmp_path, model, beside))
+    for files in ([model], [beside]):
+        with pytest.raises(ServiceError, match="not on the list") as raised:
+            FileStore.read(model, pins=write_pins(tmp_path, *files))
+        assert raised.value.reason is Reason.MODEL_CHANGED
+    pins = write_pins(tmp_path, model, beside)
+    beside.write_text(trained.json + " ")
+    with pytest.raises(ServiceError, match=f"{beside}: the file has SHA-256"):
+        FileStore.read(model, pins=pins)
 
 
 @asynchronous

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.loader.pins import Pins
 from shared.config import ServerConfig
 from shared.cuda_memory import device_index
 from shared.layout import FLOAT32_BUDGET
+from shared.pins import Pins
 
 MAX_SOCKET_PATH_BYTES = 107  # what a Unix address holds
 

@@ -17,7 +17,6 @@ from threading import Event, Lock
 from services.loader.cpu_memory import CpuMemory
 from services.loader.loaded_model import LoadedModel
 from services.loader.memory import Memory
-from services.loader.pins import Pins
 from services.loader.tokenizer_check import TokenizerCheck
 from shared.descriptors import close_all
 from shared.digest import StoppedError, digest_of
@@ -27,6 +26,7 @@ from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation, Manifest
 from shared.phases import Phases
+from shared.pins import Pins
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from services.loader.leases import Leases
 from services.loader.loading import LoadOptions, Source, default_name
 from services.loader.loads import Loads
 from services.loader.memory import Memory
-from services.loader.pins import Pins
 from services.loader.provenance import Provenance
 from services.loader.servicer import LoaderServicer
 from services.loader.store import ModelStore
@@ -27,6 +26,7 @@ from shared.config import server_config, server_options
 from shared.cuda_memory import device_index
 from shared.errors import ServiceError
 from shared.logs import set_up_logs
+from shared.pins import Pins
 from shared.server import OVERALL, Server
 
 log = logging.getLogger(__name__)

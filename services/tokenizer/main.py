@@ -18,6 +18,7 @@ from shared.channel import open_channel
 from shared.config import client_config, client_options, server_config, server_options
 from shared.errors import ServiceError
 from shared.logs import set_up_logs
+from shared.pins import Pins
 from shared.server import OVERALL, Server
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class TokenizerServer:
             await self._templates.close()
 
     async def _serve_file(self, model: Path) -> None:
-        store = await asyncio.to_thread(FileStore.read, model, self._config.tokenizer_json)
+        store = await asyncio.to_thread(FileStore.read, model, self._config.tokenizer_json, self._config.pins)
         await self._start(store)
         await self._server.set_health(OVERALL, True)
         await self._server.serve()
@@ -97,6 +98,7 @@ class TokenizerServer:
 @click.option("--loader", default="127.0.0.1:50053", show_default=True, help="Address of the loader.")
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file to take the tokenizer from; no loader then.")
 @click.option("--tokenizer-json", type=click.Path(path_type=Path), help="Used instead of the vocabulary in --model.")
+@click.option("--pins", type=click.Path(path_type=Path), help="SHA-256 of those files, as sha256sum writes it.")
 @click.option("--log-level", default="INFO", show_default=True)
 @click.option("--log-content", is_flag=True, help="What errors quote of prompts and answers, too.")
 def main(**options: Any) -> None:
@@ -104,9 +106,10 @@ def main(**options: Any) -> None:
     set_up_logs("tokenizer", options.pop("log_level"), with_content=options.pop("log_content"))
     server = server_config(options)
     peers = client_config(options)
+    pins = options.pop("pins")
     try:
-        config = TokenizerConfig(server=server, peers=peers, **options)
-    except ValueError as error:
+        config = TokenizerConfig(server=server, peers=peers, pins=Pins.read(pins) if pins else None, **options)
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
     try:
         asyncio.run(_serve(config))
