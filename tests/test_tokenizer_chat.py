@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mxgpt.v1 import executor_pb2
 from services.tokenizer.backends import Tokenizer, make_tokenizer
 from services.tokenizer.chat import CONTENT_KEYS, template_variables, today
 from services.tokenizer.guard import encode_rendered, guard
+from services.tokenizer.special_texts import SpecialTexts
 from services.tokenizer.template_pool import TemplateLimits, TemplatePool
 from shared.errors import Reason, ServiceError
 from tests.hostile_templates import BROKEN, ESCAPES, EXHAUSTING
@@ -235,6 +238,7 @@ def test_today() -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments_json": "NaN"}]}]},
             "chat.messages[0].tool_calls[0].arguments_json",
         ),
+        ({"tools": [{"name": "f", "parameters_json": '{"\\ud800": 1}'}]}, "chat.tools[0].parameters_json"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(fields: dict[str, Any], field: str) -> None:
@@ -261,6 +265,25 @@ def test_a_message_cannot_spell_special_tokens() -> None:
     special = tokenizer().vocabulary.special_texts
     assert [special[i] for i in ids if i in special] == ["<|start|>", "<|message|>", "<|end|>"]
     assert variables["messages"][0]["content"] == said
+
+
+@given(
+    st.text("<|end>ab日 ", max_size=40), st.sets(st.text("<|end>日", min_size=1, max_size=5), min_size=1, max_size=6)
+)
+def test_spellings_are_found_as_a_regular_expression_finds_them(text: str, spellings: set[str]) -> None:
+    """The longest first at each place, from the left."""
+    pattern = re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
+    found = SpecialTexts(spellings)
+    assert found.spans(text) == [match.span() for match in pattern.finditer(text)]
+    assert found.replace(text, str.upper) == pattern.sub(lambda match: match[0].upper(), text)
+
+
+def test_spellings_are_found_in_linear_time() -> None:
+    """Of text that begins one at every character, with a vocabulary that is all special tokens."""
+    found = SpecialTexts([f"a{index}" for index in range(100_000)] + ["aaaaaaaaab"])
+    start = time.process_time()
+    assert found.spans("a" * (1 << 20) + "99999") == [((1 << 20) - 1, (1 << 20) + 5)]
+    assert time.process_time() - start < 3
 
 
 def test_a_message_without_special_tokens_is_not_touched() -> None:
