@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,16 +31,7 @@ MAX_CHARS = 20_000
 CANARY = "canary-4f1d"
 
 FORBIDDEN_EVENTS = (
-    "open",
-    "os.",
-    "socket.",
-    "subprocess.",
-    "shutil.",
-    "ctypes.",
-    "import",
-    "pty.",
-    "tempfile.",
-    "mmap.",
+    *("open", "os.", "socket.", "subprocess.", "shutil.", "ctypes.", "import", "pty.", "tempfile.", "mmap."),
 )
 
 # CPython looks for the source of a syntax error in code that Jinja has made, such as a break outside a loop.
@@ -69,40 +61,11 @@ NAMES = (
 ATTRIBUTES = (
     *("role", "content", "items", "keys", "get", "format", "format_map", "join", "split", "strip", "upper", "encode"),
     *("index", "index0", "first", "last", "previtem", "nextitem", "cycle", "changed", "append", "update", "pop", "mro"),
-    *(
-        "__class__",
-        "__init__",
-        "__globals__",
-        "__mro__",
-        "__base__",
-        "__subclasses__",
-        "__self__",
-        "__func__",
-        "__call__",
-    ),
-    *(
-        "__code__",
-        "__dict__",
-        "__builtins__",
-        "__import__",
-        "__getattribute__",
-        "__reduce_ex__",
-        "__module__",
-        "__doc__",
-    ),
-    *("gi_frame", "gi_code", "cr_frame", "ag_frame", "f_globals", "f_builtins", "f_back", "tb_frame", "func_globals"),
-    *(
-        "environment",
-        "_environment",
-        "_module",
-        "blocks",
-        "parent",
-        "name",
-        "eval_ctx",
-        "_func",
-        "template",
-        "__wrapped__",
-    ),
+    *("__class__", "__init__", "__globals__", "__mro__", "__base__", "__subclasses__", "__self__", "__func__"),
+    *("__call__", "__code__", "__dict__", "__builtins__", "__import__", "__getattribute__", "__reduce_ex__"),
+    *("__module__", "__doc__", "__wrapped__", "gi_frame", "gi_code", "cr_frame", "ag_frame", "tb_frame", "f_back"),
+    *("f_globals", "f_builtins", "func_globals", "environment", "_environment", "_module", "blocks", "parent"),
+    *("name", "eval_ctx", "_func", "template"),
 )
 LITERALS = ("0", "1", "-1", "3", "1.5", "true", "none", "''", "'x'", "'{0.__class__.__mro__}'", "'%(a)s'", "[]", "{}")
 OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", " in ", " and ", " or ", " not in ")
@@ -138,13 +101,13 @@ def examine(data: bytes) -> str:
     Raises:
         AssertionError: for one that reached what it must not.
     """
-    renderer, events = _sandbox()
+    sandbox = _sandbox()
     template = _Grammar(data[1:]).template() if data and data[0] % 2 == 0 else data[1:].decode("utf-8", "replace")
     request = {"template": template, "variables": VARIABLES, "today": "2025-08-07", "max_chars": MAX_CHARS}
     answer: dict[str, Any] | None = None
-    with _watched(events), contextlib.suppress(OutOfTimeError):
-        answer = renderer.answer(request)
-    assert not events, f"{template!r} caused {events[:3]}"
+    with sandbox.watched(), contextlib.suppress(OutOfTimeError):
+        answer = sandbox.renderer.answer(request)
+    assert not sandbox.events, f"{template!r} caused {sandbox.events[:3]}"
     if answer is None:
         return "out of time"
     said = answer.get("text", answer.get("error"))
@@ -250,42 +213,43 @@ def _tests() -> tuple[str, ...]:
     return tuple(sorted(name for name in Environment().tests if name.isidentifier() and name not in ("in", "true")))
 
 
+@dataclass
+class Sandbox:
+    """A renderer, and what was seen happening while it rendered."""
+
+    renderer: Renderer
+    events: list[str] = field(default_factory=list)
+    is_watched: bool = False
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """The audit hook; one can't be taken away again."""
+        if self.is_watched and event.startswith(FORBIDDEN_EVENTS) and (event, arguments) not in HARMLESS_EVENTS:
+            self.events.append(f"{event}{arguments!r:.100}")
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self.events.clear()
+        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+        self.is_watched = True
+        try:
+            yield
+        finally:
+            self.is_watched = False
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
 @cache
-def _sandbox() -> tuple[Renderer, list[str]]:
-    """A renderer that has imported all that it will, and what was seen happening while one rendered."""
-    renderer = Renderer(BoundedEnvironment())
-    template_worker._warm_up(renderer)
+def _sandbox() -> Sandbox:
+    """The only one of this process, under its limits; it has imported all that it will."""
+    sandbox = Sandbox(Renderer(BoundedEnvironment()))
+    template_worker._warm_up(sandbox.renderer)
     template_worker.to_json.__globals__["CANARY"] = CANARY
     num_pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (num_pages * resource.getpagesize() + MEMORY_BYTES, hard))
-    events: list[str] = []
-
-    def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if _Watch.is_on and event.startswith(FORBIDDEN_EVENTS) and (event, arguments) not in HARMLESS_EVENTS:
-            events.append(f"{event}{arguments!r:.100}")
-
-    sys.addaudithook(hear)
+    sys.addaudithook(sandbox.hear)
     signal.signal(signal.SIGVTALRM, _give_up)
-    return renderer, events
-
-
-class _Watch:
-    """Whether a template is running; hooks can't be taken away again."""
-
-    is_on = False
-
-
-@contextlib.contextmanager
-def _watched(events: list[str]) -> Iterator[None]:
-    events.clear()
-    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
-    _Watch.is_on = True
-    try:
-        yield
-    finally:
-        _Watch.is_on = False
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return sandbox
 
 
 def _give_up(*_: object) -> NoReturn:

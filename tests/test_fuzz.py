@@ -42,7 +42,7 @@ def test_the_templates_target_sees_what_a_template_reaches() -> None:
     """An environment with a hole: what comes through it fails the target."""
     hole = """
 from fuzz import chat_template as target
-renderer, _ = target._sandbox()
+renderer = target._sandbox().renderer
 renderer.environment.globals["reach"] = lambda: open("/etc/hostname").read()
 renderer.environment.globals["canary"] = lambda: target.CANARY
 for template in (b"{{ reach() }}", b"{{ canary() }}"):
