@@ -5,6 +5,8 @@ import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";
 import { protoPath as HEALTH_PROTO } from "grpc-health-check";
 
+export { grpc };
+
 const PROTOS = fileURLToPath(new URL("../../protos", import.meta.url));
 
 // Names as in the .proto files; 64-bit integers, such as seeds, as strings, since a number would round them.

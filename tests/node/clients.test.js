@@ -4,9 +4,8 @@
 
 import assert from "node:assert/strict";
 import { after, before, describe, it } from "node:test";
-import grpc from "../../examples/node/node_modules/@grpc/grpc-js/build/src/index.js";
 import { connect as connectByReflection } from "../../examples/node/by_reflection.js";
-import { connect as connectFromProtos } from "../../examples/node/from_protos.js";
+import { connect as connectFromProtos, grpc } from "../../examples/node/from_protos.js";
 import { details } from "../../examples/node/errors.js";
 
 const { EXECUTOR, TOKENIZER } = process.env;
