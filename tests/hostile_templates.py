@@ -12,7 +12,7 @@ ESCAPES = {
     "reads classes by a name put together": "{{ '' | attr('__cl' ~ 'ass__') }}",
     "reads classes by an escaped name": "{{ ''['\\x5f\\x5fclass\\x5f\\x5f'] }}",
     "reads classes by format": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "reads classes by format_map": "{{ '{a.__class__}'.format_map({'a': ''}) }}",
+    "reads classes by format_map (CVE-2019-10906)": "{{ '{a.__class__}'.format_map({'a': ''}) }}",
     "reads classes by a format method kept (CVE-2016-10745)": "{% set f = '{0.__class__}'.format %}{{ f('') }}",
     "reads classes by a format method passed on (CVE-2024-56326)": (
         "{{ ['{0.__class__.__mro__}'] | map('attr', 'format') | map('join') | list }}"
@@ -37,7 +37,7 @@ ESCAPES = {
     "reads a macro's function": "{% macro f() %}{% endmacro %}{{ f._func.__globals__ }}",
     "reads a macro's environment": "{% macro f() %}{% endmacro %}{{ f._environment }}{{ f.__init__.__globals__ }}",
     "reads a method's function": "{{ strftime_now.__self__ }}",
-    "reads a generator's frame (CVE-2019-8341)": "{{ (messages | map('upper')).gi_frame.f_globals }}",
+    "reads a generator's frame": "{{ (messages | map('upper')).gi_frame.f_globals }}",
     "reads its own code": "{{ self.__init__.__globals__ }}",
     "reads its own template": "{{ self._TemplateReference__context.environment.loader }}",
     "reads a loop's environment": "{% for m in messages %}{{ loop._undefined.__init__.__globals__ }}{% endfor %}",
