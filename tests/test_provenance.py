@@ -141,6 +141,15 @@ def test_a_loader_that_starts_with_a_wrong_pin_fails(tmp_path: Path, pin: str, w
     assert why in process.stdout + process.stderr
 
 
+def test_mxgpt_serve_hands_its_pins_to_the_loader(tmp_path: Path, demo_gpt2: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {demo_gpt2}\n")
+    command = [sys.executable, "-m", "mxgpt", "serve", "--model", str(demo_gpt2), "--pins", "SHA256SUMS"]
+    ports = ["--port", "0", "--tokenizer-port", "0", "--loader-port", "0"]
+    process = subprocess.run([*command, *ports], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 1
+    assert f"not {'0' * 64} as pinned" in process.stdout + process.stderr
+
+
 @asynchronous
 async def test_plain_hashes_come_after_loading_and_hold_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
