@@ -1,6 +1,6 @@
 """Hostile GGUF files, built after published flaws of other parsers: each with its source and what must be said of it.
 
-docs/security.md lists the sources. The files are small; the fuzzer starts from them (fuzz/gguf_header.py).
+docs/hostile-files.md lists the sources. The files are small; the fuzzer starts from them (fuzz/gguf_header.py).
 """
 
 from __future__ import annotations

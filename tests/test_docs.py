@@ -22,9 +22,9 @@ def test_every_reason_is_documented_with_its_status_and_meaning() -> None:
     assert rows == [(reason.name, reason.status.name, reason.meaning) for reason in Reason]
 
 
-def test_tests_that_security_names_are_there() -> None:
-    """Each promise of docs/security.md is held by a test; every test file that it names is followed by some."""
-    page = (ROOT / "docs/security.md").read_text()
+def test_tests_that_the_page_on_hostile_files_names_are_there() -> None:
+    """Each promise of docs/hostile-files.md is held by a test; every test file that it names is followed by some."""
+    page = (ROOT / "docs/hostile-files.md").read_text()
     named = set(re.findall(r"`(?:Test\w+)?(?:::)?(test_\w+)`", page)) | set(re.findall(r"`(Test\w+)", page))
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     there = set(re.findall(r"^\s*(?:async )?(?:def|class) (\w+)", sources, re.MULTILINE))
@@ -34,7 +34,7 @@ def test_tests_that_security_names_are_there() -> None:
 
 
 def test_known_flaws_are_all_in_the_corpus() -> None:
-    page = (ROOT / "docs/security.md").read_text()
+    page = (ROOT / "docs/hostile-files.md").read_text()
     listed = re.findall(r"^\| ((?:CVE|llama\.cpp)[^|]+?) \|.*\| corpus[^|]*\|$", page, re.MULTILINE)
     assert set(listed) == {file.source for file in hostile_files()}
 
