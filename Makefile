@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GOLDENS := .venv-goldens
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types imports buf format protos goldens bench quality models clean
+.PHONY: help install node demo test test-all lint types imports buf format protos goldens bench quality models clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-peers: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers,fuzz]'
 	@touch $@
 
 $(VENV)/.installed-cuda: $(VENV)/.installed-dev
@@ -30,13 +30,17 @@ $(VENV)/.installed-cuda: $(VENV)/.installed-dev
 
 install: $(VENV)/.installed  ## Make .venv and install mxgpt into it
 
+node:  ## Install what the client in Node needs, where there is npm
+	@if command -v npm > /dev/null; then cd examples/node && npm ci --ignore-scripts --no-audit --no-fund --loglevel error; \
+	else echo "npm is not installed: tests of the client in Node will be skipped"; fi
+
 demo: $(VENV)/.installed  ## Serve the demo model and stream answers to a few prompts
 	$(BIN)/python -m mxgpt.demo
 
 test: $(VENV)/.installed-dev lint types imports buf  ## Lint, types, import contracts and the fast tests
 	$(BIN)/python -m pytest -m 'not slow' -n 2
 
-test-all: $(VENV)/.installed-peers lint types imports buf  ## The same with the slow tests: fuzzing, load, peers
+test-all: $(VENV)/.installed-peers node lint types imports buf  ## The same with the slow tests: fuzzing, load, peers
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
@@ -78,4 +82,4 @@ goldens:  ## Make the golden logits again with Hugging Face transformers, in an 
 	$(GOLDENS)/bin/python tests/make_goldens.py
 
 clean:  ## Remove environments and generated code
-	rm -rf $(VENV) $(GOLDENS) mxgpt/v1
+	rm -rf $(VENV) $(GOLDENS) mxgpt/v1 examples/node/node_modules

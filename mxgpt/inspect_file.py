@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
 
 from shared import cuda_layout
 from shared.cuda_estimate import CudaEstimate, estimate_cuda, kv_bytes
+from shared.digest import digest_of, plain_sha256
 from shared.errors import ServiceError
 from shared.gguf import GGUFFile, StringArray, check_unchanged, read_gguf, read_tensor
 from shared.gpt_config import GPTConfig
@@ -73,6 +76,8 @@ class Inspection:
     memory: Memory | None
     cuda_memory: CudaMemory | None
     weights_were_read: bool
+    digest: str  # as a loader makes it; empty where the files were not hashed, as is the next
+    sha256: tuple[str, ...]  # of each file
     problems: tuple[str, ...]
 
     @property
@@ -85,6 +90,7 @@ def inspect_file(
     context: int | None = None,
     num_sequences: int = 1,
     read_weights: bool = False,
+    read_digest: bool = False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Inspection:
     """Look at a file, or at the first of several shards and the others with it.
@@ -93,6 +99,7 @@ def inspect_file(
         context: tokens of a sequence, for the memory; the model's own context length if None.
         num_sequences: sequences at once, for the memory.
         read_weights: also read every weight, in search of values that are no numbers.
+        read_digest: also hash the files.
         on_progress: called with the bytes of weights read and of all.
 
     Raises:
@@ -104,6 +111,7 @@ def inspect_file(
     tokenizer = _try(problems, lambda: tokenizer_data_from_gguf(gguf, model=path.stem, digest=""))
     if read_weights:
         problems += _find_invalid_weights(gguf, on_progress)
+    digest, sha256 = _hash(gguf) if read_digest else ("", ())
     _try(problems, lambda: check_unchanged(gguf))
     return Inspection(
         paths=gguf.paths,
@@ -116,6 +124,8 @@ def inspect_file(
         memory=None if config is None else _memory(gguf, config, context or config.context_length, num_sequences),
         cuda_memory=None if config is None else _cuda_memory(gguf, config, context, num_sequences),
         weights_were_read=read_weights,
+        digest=digest,
+        sha256=sha256,
         problems=tuple(problems),
     )
 
@@ -133,6 +143,12 @@ def _checked_config(gguf: GGUFFile) -> GPTConfig:
     config = GPTConfig.from_gguf(gguf)
     config.check_tensors(gguf)
     return config
+
+
+def _hash(gguf: GGUFFile) -> tuple[str, tuple[str, ...]]:
+    stop = Event()
+    digest = digest_of(gguf, (), os.cpu_count() or 1, stop)
+    return digest, tuple(plain_sha256(path, stop) for path in gguf.paths)
 
 
 def _find_invalid_weights(gguf: GGUFFile, on_progress: Callable[[int, int], None]) -> list[str]:

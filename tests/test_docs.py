@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import Reason
+from tests.hostile_files import hostile_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +20,23 @@ ROOT = Path(__file__).parents[1]
 def test_every_reason_is_documented_with_its_status_and_meaning() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
     assert rows == [(reason.name, reason.status.name, reason.meaning) for reason in Reason]
+
+
+def test_tests_that_the_page_on_hostile_files_names_are_there() -> None:
+    """Each promise of docs/hostile-files.md is held by a test; every test file that it names is followed by some."""
+    page = (ROOT / "docs/hostile-files.md").read_text()
+    named = set(re.findall(r"`(?:Test\w+)?(?:::)?(test_\w+)`", page)) | set(re.findall(r"`(Test\w+)", page))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    there = set(re.findall(r"^\s*(?:async )?(?:def|class) (\w+)", sources, re.MULTILINE))
+    assert len(named) > 40
+    assert named <= there, named - there
+    assert set(re.findall(r"\b(test_\w+\.py)", page)) <= {path.name for path in (ROOT / "tests").glob("test_*.py")}
+
+
+def test_known_flaws_are_all_in_the_corpus() -> None:
+    page = (ROOT / "docs/hostile-files.md").read_text()
+    listed = re.findall(r"^\| ((?:CVE|llama\.cpp)[^|]+?) \|.*\| corpus[^|]*\|$", page, re.MULTILINE)
+    assert set(listed) == {file.source for file in hostile_files()}
 
 
 def test_links_between_pages_lead_somewhere() -> None:

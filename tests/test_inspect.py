@@ -1,6 +1,8 @@
 """`mxgpt inspect`: what it says about files, and that the memory it names is what is taken."""
 
+import hashlib
 import json
+import re
 
 import grpc
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from mxgpt.cli.main import run
 from mxgpt.inspect_file import inspect_file
-from mxgpt.v1 import loader_pb2, loader_pb2_grpc
+from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc
 from services.executor.runner import NumpyRunner
 from services.executor.weights import Weights
 from shared.errors import Reason, ServiceError
@@ -25,6 +27,20 @@ def test_demo_model(demo_gpt_oss, capsys):
     for said in ("gpt-oss", "MXFP4", "Q8_0", "gpt-4o", "chat template", "stretched 32 times", "general.architecture"):
         assert said in out
     assert out.splitlines()[-1] == "sound: mxgpt can serve it"
+
+
+def test_the_digest_is_the_one_that_servers_name(stack, demo_gpt_oss, capsys):
+    sha256 = hashlib.sha256(demo_gpt_oss.read_bytes()).hexdigest()
+    with grpc.insecure_channel(stack.executor.address) as channel:
+        stub = executor_pb2_grpc.ExecutorServiceStub(channel)
+        request = executor_pb2.GenerateRequest(text="a", stopping={"max_tokens": 1, "ignore_eos": True})
+        started = next(iter(stub.Generate(request, timeout=20))).started
+        (served,) = stub.ListModels(executor_pb2.ExecutorServiceListModelsRequest(), timeout=20).models
+    assert run(["inspect", str(demo_gpt_oss), "--digest"]) == 0
+    out = capsys.readouterr().out
+    assert started.digest == served.digest
+    assert re.search(rf"^  digest +{started.digest}$", out, re.MULTILINE)
+    assert f"{demo_gpt_oss.name}  SHA-256 {sha256}" in out
 
 
 def test_weights_are_what_a_loader_takes(stack, demo_gpt_oss):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mxgpt.v1 import loader_pb2
-from services.loader import cpu_memory
+from services.loader import cpu_memory, provenance
 from services.loader import loads as loads_module
 from services.loader.loading import Progress, Stage
 from shared.digest import StoppedError
@@ -41,6 +41,12 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gpt_oss(tmp_path_factory.mktemp("models") / "small-gpt-oss.gguf")
+
+
+@pytest.fixture(autouse=True)
+def _no_hashes_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are compared as a whole here, so they must not come to know more in the middle of a test."""
+    monkeypatch.setattr(provenance, "WATCH_SECONDS", 3600)
 
 
 def digest_of(path: Path) -> str:

@@ -3,53 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mxgpt.v1 import executor_pb2
 from services.tokenizer.backends import Tokenizer, make_tokenizer
 from services.tokenizer.chat import CONTENT_KEYS, template_variables, today
 from services.tokenizer.guard import encode_rendered, guard
+from services.tokenizer.special_texts import SpecialTexts
 from services.tokenizer.template_pool import TemplateLimits, TemplatePool
 from shared.errors import Reason, ServiceError
+from tests.hostile_templates import BROKEN, ESCAPES, EXHAUSTING
+from tests.stack import ROOT
 from tests.tokenizer_files import GPT_4O, trained_tokenizer
 
 LIMITS = TemplateLimits(wall_seconds=1.0, cpu_seconds=1, memory_bytes=192 << 20, max_chars=100_000)
 MESSAGES = {"messages": [{"role": "user", "content": "hé 🚀"}]}
 
-HOSTILE = {
-    "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "computes for ever in C": "{{ 7 ** (7 ** 77777777) }}",
-    "takes memory at once": "{{ ('x' * 10 ** 10) | length }}",
-    "takes memory bit by bit": (
-        "{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-    ),
-    "builds lists": "{{ [[0] * 10 ** 9] | length }}",
-    "writes without end": "{% for a in range(99999) %}{{ 'x' * 99 }}{% endfor %}",
-    "writes one large piece": "{{ 'x' * 10 ** 6 }}",
-    "recurses": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "reads classes": "{{ ''.__class__ }}",
-    "reads classes by filter": "{{ '' | attr('__class__') }}",
-    "reads classes by format": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "reads classes by map": "{{ ['x'] | map(attribute='__class__') | list }}",
-    "reads a function's globals": "{{ raise_exception.__globals__ }}",
-    "reads a method's function": "{{ strftime_now.__self__ }}",
-    "reads its own code": "{{ self.__init__.__globals__ }}",
-    "changes its messages": "{{ messages.append(1) }}",
-    "includes a file": "{% include '/etc/passwd' %}",
-    "imports a file": "{% import '/etc/passwd' as x %}",
-    "extends a file": "{% extends '/etc/passwd' %}",
-    "is no template": "{% for %}",
-    "nests deeply": "{{ " + "(" * 20_000 + ")" * 20_000 + " }}",
-    "divides by zero": "{{ 1 / 0 }}",
-    "makes no text": "{{ '\\ud800' }}",
-    "refuses": "{{ raise_exception('only one message \\ud800') }}",
-    "calls what is not there": "{{ open('/etc/passwd') }}",
-}
+HOSTILE = ESCAPES | EXHAUSTING | BROKEN
 
 
 def with_pool(test: Callable[[TemplatePool], Awaitable[Any]], num_workers: int = 1) -> Any:
@@ -70,6 +51,7 @@ def render(template: str, variables: dict[str, Any] | None = None) -> str:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_fails_and_the_next_one_is_served(name: str) -> None:
     async def test(pool: TemplatePool) -> None:
+        await pool.start()
         start = time.monotonic()
         with pytest.raises(ServiceError) as raised:
             await pool.render(HOSTILE[name], MESSAGES, "2025-08-07")
@@ -83,6 +65,7 @@ def test_a_hostile_template_fails_and_the_next_one_is_served(name: str) -> None:
 
 def test_a_template_that_takes_its_time_holds_up_no_other() -> None:
     async def test(pool: TemplatePool) -> None:
+        await asyncio.gather(pool.start(), pool.start())
         slow = asyncio.create_task(pool.render(HOSTILE["loops for ever"], MESSAGES, "2025-08-07"))
         await asyncio.sleep(0.05)
         start = time.monotonic()
@@ -130,16 +113,53 @@ def test_what_templates_of_hugging_face_models_use(template: str, text: str) -> 
     assert render(template) == text
 
 
-def test_the_worker_can_open_nothing() -> None:
-    """Even code outside the sandbox would have no descriptors to open a file or a socket with."""
+# What code that has left the sandbox would try, in a process that has limited itself as the worker does.
+REACHES = {
+    "opens a file": "os.open('/etc/passwd', os.O_RDONLY)",
+    "writes a file": "os.open('/tmp/x', os.O_CREAT | os.O_WRONLY)",
+    "opens a file in place of a closed one": "os.close(2), os.open('/etc/passwd', os.O_RDONLY)",
+    "lists a directory": "os.listdir('/')",
+    "opens a socket": "socket.socket()",
+    "forks": "os.fork()",
+    "starts a program": "os.execv('/bin/true', ['true'])",
+    "starts a thread": "threading.Thread(target=print).start()",
+    "kills": "os.kill(os.getppid(), 0)",
+    "makes memory with a descriptor": "os.memfd_create('x')",
+    "limits its parent": "resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1))",
+    "removes a file": "os.unlink('/tmp/x')",
+}
 
-    async def limits(pool: TemplatePool) -> str:
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_code_that_has_left_the_sandbox_reaches_nothing(reach: str) -> None:
+    code = f"""
+import os, resource, socket, threading
+from services.tokenizer.template_worker import _limit_process
+PARENT = os.getppid()
+assert _limit_process(1 << 30) == ""
+assert resource.prlimit(0, resource.RLIMIT_NOFILE) == (3, 3)
+try:
+    {REACHES[reach]}
+except (OSError, RuntimeError) as error:
+    print("refused:", error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.stdout.startswith("refused:"), (ran.stdout, ran.stderr)
+
+
+def test_the_worker_can_open_nothing() -> None:
+    """It runs under the limits, and under the kernel's filter of system calls."""
+
+    async def limits(pool: TemplatePool) -> tuple[str, str]:
         await pool.render("ok", MESSAGES, "2025-08-07")
         [worker] = pool._idle
-        with open(f"/proc/{worker.pid}/limits") as file:
-            return file.read()
+        process = Path(f"/proc/{worker.pid}")
+        return (process / "limits").read_text(), (process / "status").read_text()
 
-    rows = {line[:26].strip(): line[26:].split()[:2] for line in with_pool(limits).splitlines()}
+    lines, status = with_pool(limits)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    rows = {line[:26].strip(): line[26:].split()[:2] for line in lines.splitlines()}
     assert rows["Max open files"] == ["3", "3"]
     assert rows["Max file size"] == ["0", "0"]
     assert rows["Max address space"] == [str(LIMITS.memory_bytes)] * 2
@@ -218,6 +238,7 @@ def test_today() -> None:
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments_json": "NaN"}]}]},
             "chat.messages[0].tool_calls[0].arguments_json",
         ),
+        ({"tools": [{"name": "f", "parameters_json": '{"\\ud800": 1}'}]}, "chat.tools[0].parameters_json"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(fields: dict[str, Any], field: str) -> None:
@@ -244,6 +265,25 @@ def test_a_message_cannot_spell_special_tokens() -> None:
     special = tokenizer().vocabulary.special_texts
     assert [special[i] for i in ids if i in special] == ["<|start|>", "<|message|>", "<|end|>"]
     assert variables["messages"][0]["content"] == said
+
+
+@given(
+    st.text("<|end>ab日 ", max_size=40), st.sets(st.text("<|end>日", min_size=1, max_size=5), min_size=1, max_size=6)
+)
+def test_spellings_are_found_as_a_regular_expression_finds_them(text: str, spellings: set[str]) -> None:
+    """The longest first at each place, from the left."""
+    pattern = re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
+    found = SpecialTexts(spellings)
+    assert found.spans(text) == [match.span() for match in pattern.finditer(text)]
+    assert found.replace(text, str.upper) == pattern.sub(lambda match: match[0].upper(), text)
+
+
+def test_spellings_are_found_in_linear_time() -> None:
+    """Of text that begins one at every character, with a vocabulary that is all special tokens."""
+    found = SpecialTexts([f"a{index}" for index in range(100_000)] + ["aaaaaaaaab"])
+    start = time.process_time()
+    assert found.spans("a" * (1 << 20) + "99999") == [((1 << 20) - 1, (1 << 20) + 5)]
+    assert time.process_time() - start < 3
 
 
 def test_a_message_without_special_tokens_is_not_touched() -> None:

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from services.tokenizer.servicer import MAX_TEXT_BYTES
+from services.tokenizer.servicer import MAX_CHAT_BYTES, MAX_TEXT_BYTES
 from shared.errors import Reason
 from shared.rpc_errors import from_rpc_error
 from shared.tokenizer_data import TokenizerData
@@ -112,6 +112,7 @@ def test_refusals(stub: Any) -> None:
     pb = tokenizer_pb2
     many = [0] * (2**20 + 1)
     chat = {"messages": [{"role": "user", "content": "loop"}]}
+    long = {"messages": [{"role": "user", "content": "<|" * (MAX_CHAT_BYTES // 2)}]}
     for call, reason in (
         (lambda: stub.GetInfo(pb.GetInfoRequest(model="other")), Reason.MODEL_NOT_FOUND),
         (lambda: stub.Tokenize(pb.TokenizeRequest(model="other")), Reason.MODEL_NOT_FOUND),
@@ -120,6 +121,7 @@ def test_refusals(stub: Any) -> None:
         (lambda: stub.Detokenize(pb.DetokenizeRequest(token_ids=many)), Reason.FIELD_INVALID),
         (lambda: stub.RenderChat(pb.RenderChatRequest()), Reason.FIELD_INVALID),
         (lambda: stub.RenderChat(pb.RenderChatRequest(chat=chat)), Reason.CHAT_TEMPLATE_FAILED),
+        (lambda: stub.RenderChat(pb.RenderChatRequest(chat=long)), Reason.FIELD_INVALID),
         (lambda: list(stub.DetokenizeStream(iter([pb.DetokenizeStreamRequest(model="x")]))), Reason.MODEL_NOT_FOUND),
     ):
         assert reason_of(call) is reason

@@ -30,6 +30,7 @@ Exit code 1 says that mxgpt can't serve the file.
 @click.option("--context", type=click.IntRange(1), help="Tokens of a sequence, for the memory. Default: the model's.")
 @click.option("--sequences", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once, likewise.")
 @click.option("--weights", is_flag=True, help="Also read every weight, in search of values that are no numbers.")
+@click.option("--digest", is_flag=True, help="Also hash it: the digest that servers name, and each file's SHA-256.")
 @click.option("--metadata", is_flag=True, help="List all metadata.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
@@ -40,6 +41,7 @@ def inspect(
     context: int | None,
     sequences: int,
     weights: bool,
+    digest: bool,
     metadata: bool,
     as_json: bool,
 ) -> None:
@@ -50,7 +52,7 @@ def inspect(
     with progress() as bar:
         task = bar.add_task("weights", total=None, visible=weights)
         found = inspect_file(
-            file, context, sequences, weights, lambda done, total: bar.update(task, completed=done, total=total)
+            file, context, sequences, weights, digest, lambda done, total: bar.update(task, completed=done, total=total)
         )
     if as_json:
         print(json.dumps(_fields(found), indent=2, ensure_ascii=False))
@@ -65,6 +67,8 @@ def _print(found: Inspection, with_metadata: bool) -> None:
         _print_pairs("Model", _describe_config(found))
     if found.tokenizer is not None:
         _print_pairs("Tokenizer", _describe_tokenizer(found))
+    if found.digest:
+        _print_pairs("Provenance", {"digest": found.digest} | _sha256_by_file(found))
     if with_metadata:
         _print_pairs("Metadata", found.metadata)
     print()
@@ -81,6 +85,10 @@ def _print(found: Inspection, with_metadata: bool) -> None:
     if not found.problems:
         unread = "" if found.weights_were_read else "; weights were not read, --weights checks them too"
         print(f"sound: mxgpt can serve it{unread}")
+
+
+def _sha256_by_file(found: Inspection) -> dict[str, str]:
+    return {path.name: f"SHA-256 {sha256}" for path, sha256 in zip(found.paths, found.sha256, strict=True)}
 
 
 def _describe_config(found: Inspection) -> dict[str, str]:
@@ -174,6 +182,8 @@ def _fields(found: Inspection) -> dict[str, Any]:
         "memory": dataclasses.asdict(found.memory) if found.memory else None,
         "cuda_memory": dataclasses.asdict(found.cuda_memory) if found.cuda_memory else None,
         "weights_were_read": found.weights_were_read,
+        "digest": found.digest or None,
+        "sha256": found.sha256 or None,
         "problems": found.problems,
         "metadata": found.metadata,
     }

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -49,6 +49,7 @@ Certificates are for executors (docs/security.md); loader and tokenizer stay on 
 """
 )
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file, or the first of its shards. Default: demo.")
+@click.option("--pins", type=click.Path(path_type=Path), help="Load only files of this list, as sha256sum writes it.")
 @click.option("--device", default="cpu", show_default=True, help='"cpu", or a GPU as "cuda:0".')
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface that executors listen on.")
 @click.option("--port", type=_PORT, default=EXECUTOR_PORT, show_default=True, help="0 picks a free one.")
@@ -75,6 +76,7 @@ def serve(
     context: click.Context,
     /,
     model: Path | None,
+    pins: Path | None,
     threads: int | None,
     max_context: int | None,
     kv_memory_mib: int | None,
@@ -89,7 +91,7 @@ def serve(
             model=model or find_model(),
             executor_options=_given(of_executors),
             metrics_port=METRICS_PORT if metrics_port is None and options["port"] == EXECUTOR_PORT else metrics_port,
-            loader_options=_given({"--float32-budget-mib": float32_budget_mib}),
+            loader_options=_given({"--float32-budget-mib": float32_budget_mib, "--pins": pins and pins.absolute()}),
             **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
         )
     except ValueError as error:
@@ -101,7 +103,7 @@ def serve(
     context.exit(code)
 
 
-def _given(options: dict[str, int | None]) -> tuple[str, ...]:
+def _given(options: Mapping[str, int | Path | None]) -> tuple[str, ...]:
     """Command line options that have a value."""
     return tuple(text for name, value in options.items() if value is not None for text in (name, str(value)))
 

@@ -17,7 +17,7 @@ from threading import Event
 from services.loader.handover import TICKET_SECONDS, Handover
 from services.loader.leases import Leases
 from services.loader.loaded_model import LoadedModel
-from services.loader.loading import LoadOptions, Source, open_model
+from services.loader.loading import LoadOptions, Source, open_model, pins_of
 from services.loader.loads import Loads
 from services.loader.store import ModelStore, name_in_use
 from shared.digest import digest_of
@@ -105,7 +105,8 @@ class Adoption:
             if error.reason is not Reason.MODEL_NOT_FOUND:
                 raise
             return None  # nothing else could be loaded under the name
-        digest = await asyncio.to_thread(digest_of, file, (), options.num_threads, Event())
+        pins = pins_of(file, source.sha256, options)
+        digest = await asyncio.to_thread(digest_of, file, pins, options.num_threads, Event())
         if digest != held.digest:
             raise name_in_use(held.model, f"other weights, those of {source.path} now, digest {digest}")
         return file

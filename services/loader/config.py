@@ -9,6 +9,7 @@ from pathlib import Path
 from shared.config import ServerConfig
 from shared.cuda_memory import device_index
 from shared.layout import FLOAT32_BUDGET
+from shared.pins import Pins
 from shared.telemetry import TelemetryConfig
 
 MAX_SOCKET_PATH_BYTES = 107  # what a Unix address holds
@@ -30,6 +31,7 @@ class LoaderConfig:
     allowed_uids: tuple[int, ...] = ()  # users, beside this one, whose executors may map weights
     adoption_seconds: float = 5.0  # how long executors of a loader that died may bring its memory before files are read
     num_threads: int = 4  # that read, decode and hash
+    pins: Pins | None = None  # SHA-256 of every file that may be loaded
     device: str = "cpu"  # or "cuda:N": where weights live
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 

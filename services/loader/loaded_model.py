@@ -25,6 +25,8 @@ class LoadedModel:
     manifest: Manifest
     descriptors: tuple[int, ...]  # of the allocations, in order
     file: GGUFFile | None
+    file_sha256: tuple[str, ...] = ()  # plain SHA-256 of each file; empty until they are known
+    is_file_changed: bool = False  # a file is no longer what it was when it was loaded
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import enum
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 
@@ -26,6 +26,7 @@ from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation, Manifest
 from shared.phases import Phases
+from shared.pins import Pins
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class LoadOptions:
     model_root: Path | None = None  # files lie below it, symbolic links followed; None: anywhere
     num_threads: int = 4  # that hash
     memory: Memory = field(default_factory=CpuMemory)
+    pins: Pins | None = None  # of all files that this loader reads
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def load_model(
     with TokenizerCheck(source.path) as check:  # so that a model with a broken tokenizer is not served
         file, config, planned = plan_model(source.path, options)
         require_pin_count(source.sha256, file)
+        source = replace(source, sha256=pins_of(file, source.sha256, options))
         options.memory.require_free(planned, file, f"model {source.name!r}")
         counter = _Counter(planned, file, report, stop)
         phases.lap("parse")
@@ -135,7 +138,7 @@ def load_model(
         eog_token_ids=eog_token_ids,
     )
     log.info("%s: %d bytes of weights are in memory: %s", source.name, counter.bytes_total, phases)
-    return LoadedModel(manifest, filled.descriptors, file)
+    return LoadedModel(manifest, filled.descriptors, file, source.sha256)
 
 
 def open_model(path: Path, model_root: Path | None) -> GGUFFile:
@@ -169,7 +172,7 @@ def files_of(model: LoadedModel, options: LoadOptions) -> GGUFFile:
         manifest = model.manifest
         path = Path(manifest.files[0][0]) if manifest.files else Path()
         file = open_model(path, options.model_root)
-        if digest_of(file, (), options.num_threads, Event()) != manifest.digest:
+        if digest_of(file, pins_of(file, (), options), options.num_threads, Event()) != manifest.digest:
             why = f"{path}: no longer the file that {manifest.model!r} was loaded from; its memory was adopted."
             raise ServiceError(Reason.MODEL_CHANGED, why, metadata={"file": str(path)})
         model.file = file
@@ -180,6 +183,21 @@ def require_pin_count(pins: Sequence[str], file: GGUFFile) -> None:
     """Refuse pins that don't match the files one by one."""
     if len(pins) not in (0, len(file.paths)):
         raise invalid_field("sha256", f"has {len(pins)} entries for {len(file.paths)} files")
+
+
+def pins_of(file: GGUFFile, asked: Sequence[str], options: LoadOptions) -> tuple[str, ...]:
+    """The SHA-256 that each file must have: by the loader's list if there is one, by the caller's wish, or none.
+
+    Raises:
+        ServiceError: MODEL_CHANGED if a file is not on the list, or the caller wants another than the list has.
+    """
+    if options.pins is None:
+        return tuple(asked)
+    pins = options.pins.of(file.paths)
+    if asked and tuple(asked) != pins:
+        why = f"{file.paths[0]}: the SHA-256 asked for is not the one pinned in {options.pins.path}."
+        raise ServiceError(Reason.MODEL_CHANGED, why, metadata={"file": str(file.paths[0])})
+    return pins
 
 
 def is_below(root: Path | None, path: Path) -> bool:

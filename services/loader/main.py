@@ -22,11 +22,13 @@ from services.loader.loading import LoadOptions, Source, default_name
 from services.loader.loads import Loads
 from services.loader.memory import Memory
 from services.loader.metrics import LoadMetrics, loader_metrics
+from services.loader.provenance import Provenance
 from services.loader.servicer import LoaderServicer, loader_id
 from services.loader.store import ModelStore
 from shared.config import server_config, server_options
 from shared.cuda_memory import device_index
 from shared.errors import ServiceError
+from shared.pins import Pins
 from shared.server import OVERALL, Server
 from shared.telemetry import Telemetry, telemetry_config, telemetry_options
 
@@ -45,8 +47,9 @@ class Loader:
         name = loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name
         self._telemetry = Telemetry(config.telemetry, "loader", name, loader_id())
         self._server = Server(config.server, [name], self._telemetry.calls.denied)
-        options = LoadOptions(config.model_root, config.num_threads, _memory(config))
+        options = LoadOptions(config.model_root, config.num_threads, _memory(config), config.pins)
         self._loads = Loads(self.store, options)
+        self._provenance = Provenance(self.store)
         self._handover = Handover(config.socket, config.allowed_uids)
         self._loads.on_ended = LoadMetrics(self._telemetry.registry).on_ended
         self._servicer = LoaderServicer(
@@ -89,6 +92,7 @@ class Loader:
         except BaseException:
             await self._handover.stop()
             raise
+        self._provenance.start()
         log.info("listening on %s, handing out descriptors on %s", address, self._config.socket)
         return address
 
@@ -109,6 +113,7 @@ class Loader:
     async def stop(self) -> None:
         """End every call and give all memory back; executors keep what they map."""
         await self._server.stop(self._loads.close)
+        await self._provenance.stop()
         # A socket that stays tells the next loader that executors may bring memory.
         await self._handover.stop(keep_path=self._servicer.has_ended_leases)
         for model in self.store.models:
@@ -167,6 +172,7 @@ def _make_directory(path: Path) -> None:
 @click.option("--socket", type=click.Path(path_type=Path), default=default_socket, help="Unix socket for descriptors.")
 @click.option("--model", "models", type=click.Path(path_type=Path), multiple=True, help="GGUF file to load at start.")
 @click.option("--model-root", type=click.Path(path_type=Path), help="Load models from below this directory only.")
+@click.option("--pins", type=click.Path(path_type=Path), help="Load only files of this list, as sha256sum writes it.")
 @click.option("--device", default="cpu", show_default=True, help="Where weights live: cpu, or cuda:N.")
 @click.option("--float32-budget-mib", type=int, default=4096, show_default=True, help="Larger models stay quantised.")
 @click.option("--allow-uid", "allowed_uids", type=int, multiple=True, help="User whose executors may map weights too.")
@@ -178,9 +184,10 @@ def main(**options: Any) -> None:
     server = server_config(options)
     telemetry = telemetry_config(options, server, "loader")
     options["float32_budget"] = options.pop("float32_budget_mib") * 2**20
+    pins = options.pop("pins")
     try:
-        config = LoaderConfig(server=server, telemetry=telemetry, **options)
-    except ValueError as error:
+        config = LoaderConfig(server=server, telemetry=telemetry, pins=Pins.read(pins) if pins else None, **options)
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
     try:
         code = asyncio.run(_serve(config))

@@ -18,12 +18,20 @@ def model_to_proto(model: LoadedModel, holders: Sequence[str]) -> loader_pb2.Mod
         aliases=manifest.aliases,
         digest=manifest.digest,
         config=config_to_proto(manifest.config),
-        files=[loader_pb2.ModelFile(path=path, bytes=num_bytes) for path, num_bytes in manifest.files],
+        files=_files_to_proto(model),
         resident_bytes=model.resident_bytes,
         layout=manifest.layout,
         tensor_types=model.tensor_types,
         holders=holders,
+        file_changed=model.is_file_changed,
     )
+
+
+def _files_to_proto(model: LoadedModel) -> list[loader_pb2.ModelFile]:
+    files = [loader_pb2.ModelFile(path=path, bytes=num_bytes) for path, num_bytes in model.manifest.files]
+    for file, sha256 in zip(files, model.file_sha256, strict=False):
+        file.sha256 = sha256
+    return files
 
 
 def progress_to_proto(progress: Progress) -> loader_pb2.LoadModelResponse:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
 
+from services.tokenizer.panics import panics_as_errors
+from services.tokenizer.splits import GPT_4O_SPLIT
+from services.tokenizer.tokenizer_json import parse_tokenizer_json
 from services.tokenizer.vocabulary import BYTE_OF_CHARACTER, Vocabulary, make_vocabulary
 from shared.errors import Reason, ServiceError
 from shared.tokenizer_data import (
@@ -29,19 +32,6 @@ from shared.tokenizer_data import (
 
 GGUF_BPE = "gguf-bpe"
 HF_JSON = "hf-json"
-
-# How OpenAI's o200k encodings split text before merging; "gpt-4o" in GGUF files. From tiktoken's openai_public.py.
-GPT_4O_SPLIT = "|".join(
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,8 @@ class Tokenizer:
             add_special: puts the model's BOS before the text, if the model wants one.
         """
         encoder = self.special if parse_special else self.plain
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        with panics_as_errors():
+            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         if add_special and self.data.add_bos_token and self.data.bos_token_id is not None:
             return [self.data.bos_token_id, *ids]
         return ids
@@ -131,12 +122,7 @@ def _splitters(data: TokenizerData) -> list[pre_tokenizers.PreTokenizer]:
 
 
 def _from_json(data: TokenizerData) -> tuple[Vocabulary, tokenizers.Tokenizer, tokenizers.Tokenizer]:
-    plain, special = _parse(data), _parse(data)
-    if not isinstance(special.decoder, decoders.ByteLevel):
-        why = (
-            f"{data.model}: the tokenizer.json does not decode byte by byte (ByteLevel), so its text can't be streamed."
-        )
-        raise ServiceError(Reason.TOKENIZER_UNSUPPORTED, why)
+    plain, special = (parse_tokenizer_json(data.tokenizer_json, data.model) for _ in range(2))
     texts = {token_id: text for text, token_id in special.get_vocab(with_added_tokens=True).items()}
     added: dict[int, Any] = special.get_added_tokens_decoder()
     for token_id, text in texts.items():
@@ -149,18 +135,6 @@ def _from_json(data: TokenizerData) -> tuple[Vocabulary, tokenizers.Tokenizer, t
     literal_texts = {token_id: token.content for token_id, token in added.items() if not token.special}
     byte_level_texts = {token_id: text for token_id, text in texts.items() if token_id not in added}
     return make_vocabulary(len(data.tokens), byte_level_texts, literal_texts, special_texts), plain, special
-
-
-def _parse(data: TokenizerData) -> tokenizers.Tokenizer:
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(data.tokenizer_json)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no Exceptions
-        raise _invalid(data, f"the tokenizer.json can't be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _invalid(data: TokenizerData, why: str) -> ServiceError:

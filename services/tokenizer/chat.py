@@ -93,7 +93,9 @@ def _tool(tool: executor_pb2.Tool, path: str) -> dict[str, Any]:
 
 def _parse_json(text: str, path: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair, which is no text
+        return value
     except (ValueError, RecursionError) as error:
         raise _invalid_json(path, error) from None
 

@@ -6,12 +6,12 @@ broken by a mark before the template runs; where the mark still stands afterward
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from services.tokenizer.backends import Tokenizer
+from services.tokenizer.special_texts import SpecialTexts
 from shared.errors import invalid_field
 
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # code points that Unicode reserves for use inside a program
@@ -31,28 +31,28 @@ def guard(tokenizer: Tokenizer, variables: Mapping[str, Any], content_keys: tupl
     Raises:
         ServiceError: FIELD_INVALID when the conversation uses up all the marks that there are.
     """
-    pattern = tokenizer.vocabulary.special_pattern
+    spellings = tokenizer.vocabulary.special_spellings
     content = {key: variables[key] for key in content_keys if key in variables}
     texts = list(_strings(content))
-    if pattern is None or not any(pattern.search(text) for text in texts):
+    if spellings is None or not any(spellings.spans(text) for text in texts):
         return GuardedChat(variables, None)
     mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
     if mark is None:
         raise invalid_field("chat.messages", "hold all of the noncharacters U+FDD0 to U+FDEF")
-    return GuardedChat({**variables, **_marked(content, pattern, mark)}, mark)
+    return GuardedChat({**variables, **_marked(content, spellings, mark)}, mark)
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str, mark: str | None) -> tuple[str, list[int]]:
     """The text of a rendered conversation without marks, and its ids."""
-    pattern = tokenizer.vocabulary.special_pattern
-    if mark is None or pattern is None:
+    spellings = tokenizer.vocabulary.special_spellings
+    if mark is None or spellings is None:
         return text, tokenizer.encode(text, parse_special=True, add_special=False)
     ids: list[int] = []
     position = 0
-    for match in pattern.finditer(text):
-        ids += _encode_plain(tokenizer, text[position : match.start()], mark)
-        ids.append(tokenizer.vocabulary.special_ids[match[0]])
-        position = match.end()
+    for start, end in spellings.spans(text):
+        ids += _encode_plain(tokenizer, text[position:start], mark)
+        ids.append(tokenizer.vocabulary.special_ids[text[start:end]])
+        position = end
     ids += _encode_plain(tokenizer, text[position:], mark)
     return _without(text, mark), ids
 
@@ -74,9 +74,9 @@ def _strings(value: Any) -> list[str]:
     return [text for part in value for text in _strings(part)] if isinstance(value, list) else []
 
 
-def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
+def _marked(value: Any, spellings: SpecialTexts, mark: str) -> Any:
     if isinstance(value, str):
-        return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+        return spellings.replace(value, lambda spelling: spelling[0] + mark + spelling[1:])
     if isinstance(value, Mapping):
-        return {_marked(key, pattern, mark): _marked(part, pattern, mark) for key, part in value.items()}
-    return [_marked(part, pattern, mark) for part in value] if isinstance(value, list) else value
+        return {_marked(key, spellings, mark): _marked(part, spellings, mark) for key, part in value.items()}
+    return [_marked(part, spellings, mark) for part in value] if isinstance(value, list) else value

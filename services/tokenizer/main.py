@@ -22,6 +22,7 @@ from services.tokenizer.template_pool import TemplatePool
 from shared.channel import open_channel
 from shared.config import client_config, client_options, server_config, server_options
 from shared.errors import ServiceError
+from shared.pins import Pins
 from shared.server import OVERALL, Server
 from shared.telemetry import Telemetry, telemetry_config, telemetry_options
 
@@ -65,7 +66,7 @@ class TokenizerServer:
             await self._templates.close()
 
     async def _serve_file(self, model: Path) -> None:
-        store = await asyncio.to_thread(FileStore.read, model, self._config.tokenizer_json)
+        store = await asyncio.to_thread(FileStore.read, model, self._config.tokenizer_json, self._config.pins)
         await self._start(store)
         await self._server.set_health(OVERALL, True)
         await self._server.serve()
@@ -115,15 +116,18 @@ class TokenizerServer:
 @click.option("--loader", default="127.0.0.1:50053", show_default=True, help="Address of the loader.")
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file to take the tokenizer from; no loader then.")
 @click.option("--tokenizer-json", type=click.Path(path_type=Path), help="Used instead of the vocabulary in --model.")
+@click.option("--pins", type=click.Path(path_type=Path), help="SHA-256 of those files, as sha256sum writes it.")
 @telemetry_options
 def main(**options: Any) -> None:
     """Turn text and conversations into token ids, and token ids back into text."""
     server = server_config(options)
     telemetry = telemetry_config(options, server, "tokenizer")
     peers = client_config(options)
+    pins = options.pop("pins")
     try:
-        config = TokenizerConfig(server=server, peers=peers, telemetry=telemetry, **options)
-    except ValueError as error:
+        files = Pins.read(pins) if pins else None
+        config = TokenizerConfig(server=server, peers=peers, telemetry=telemetry, pins=files, **options)
+    except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
     try:
         asyncio.run(_serve(config))

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from mxgpt.v1 import executor_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from services.tokenizer.backends import Tokenizer
 from services.tokenizer.chat import CONTENT_KEYS, template_variables, today
 from services.tokenizer.detokenizer import Detokenizer
-from services.tokenizer.guard import encode_rendered, guard
+from services.tokenizer.guard import GuardedChat, encode_rendered, guard
 from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.store import TokenizerStore
 from services.tokenizer.template_pool import TemplatePool
@@ -19,6 +19,7 @@ from shared.errors import Reason, ServiceError, invalid_field
 from shared.server import servicer_method
 
 MAX_TEXT_BYTES = 2 << 20  # of a text to encode; 131,072 tokens of English are about 0.6 MB
+MAX_CHAT_BYTES = 2 * MAX_TEXT_BYTES  # of a conversation, of which a template may leave out a part
 MAX_TOKEN_IDS = 1 << 20  # to decode at once
 MAX_DECODED_BYTES = 15 << 20  # must fit a message
 INLINE_CHARS = 4096  # a text so short is encoded at once: a millisecond, about what a thread's turn may take
@@ -65,7 +66,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         if not template:
             why = f"{tokenizer.data.model} brings no chat template; send a text or token ids instead."
             raise ServiceError(Reason.CHAT_TEMPLATE_MISSING, why)
-        chat = guard(tokenizer, template_variables(tokenizer, request.chat), CONTENT_KEYS)
+        chat = await _guarded(tokenizer, request.chat)
         rendered = await self._templates.render(template, chat.variables, today(request.chat))
         if len(rendered.encode()) > MAX_TEXT_BYTES:
             why = f"The conversation takes more than {MAX_TEXT_BYTES} bytes once rendered."
@@ -110,6 +111,18 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             has_chat_template=bool(data.chat_template),
             harmony=bool(vocabulary.harmony_markers),
         )
+
+
+async def _guarded(tokenizer: Tokenizer, chat: executor_pb2.Chat) -> GuardedChat:
+    """A conversation for the template; off the event loop where it is long."""
+    num_bytes = chat.ByteSize()
+    if num_bytes > MAX_CHAT_BYTES:
+        raise invalid_field("chat", f"has {num_bytes} bytes, and may have {MAX_CHAT_BYTES}")
+
+    def prepare() -> GuardedChat:
+        return guard(tokenizer, template_variables(tokenizer, chat), CONTENT_KEYS)
+
+    return prepare() if num_bytes <= INLINE_CHARS else await asyncio.to_thread(prepare)
 
 
 async def _encode(tokenizer: Tokenizer, text: str, parse_special: bool, add_special: bool) -> list[int]:

@@ -19,6 +19,7 @@ from shared.channel import Channel
 from shared.digest import digest_of
 from shared.errors import Reason, ServiceError
 from shared.gguf import read_gguf
+from shared.pins import Pins
 from shared.rpc_errors import from_peer_error
 from shared.tokenizer_data import read_tokenizer_json, tokenizer_data_from_gguf
 from shared.tokenizer_data_proto import from_pieces
@@ -54,20 +55,24 @@ class FileStore:
         self._tokenizer = tokenizer
 
     @classmethod
-    def read(cls, path: Path, tokenizer_json: Path | None = None) -> FileStore:
+    def read(cls, path: Path, tokenizer_json: Path | None = None, pins: Pins | None = None) -> FileStore:
         """Read the files; a model is hashed in full for its digest.
 
         Raises:
-            ServiceError: as `read_gguf` and `make_tokenizer`.
+            ServiceError: as `read_gguf` and `make_tokenizer`; MODEL_CHANGED for a file that is not as pinned.
         """
         gguf = read_gguf(path)
+        file_pins = pins.of(gguf.paths) if pins else ()
         beside = path.with_name("tokenizer.json")
         named = tokenizer_json or (beside if beside.is_file() else None)
+        contents = read_tokenizer_json(named) if named else b""
+        if named and pins:
+            pins.check(named, contents)
         data = tokenizer_data_from_gguf(
             gguf,
             model=path.stem,
-            digest=digest_of(gguf, pins=(), num_threads=os.cpu_count() or 1, stop=Event()),
-            tokenizer_json=read_tokenizer_json(named) if named else b"",
+            digest=digest_of(gguf, pins=file_pins, num_threads=os.cpu_count() or 1, stop=Event()),
+            tokenizer_json=contents,
         )
         return cls(make_tokenizer(data))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import Reason, ServiceError
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # for a worker to be ready; 0.2 s on an idle machine
 
@@ -36,6 +39,7 @@ class TemplatePool:
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[asyncio.subprocess.Process] = []
         self._is_closed = False
+        self._has_warned = False
 
     async def render(self, template: str, variables: Mapping[str, Any], today: str) -> str:
         """The text that a template makes of its variables (JSON values); `today` is YYYY-MM-DD.
@@ -105,10 +109,13 @@ class TemplatePool:
             cwd="/",
         )
         try:
-            await asyncio.wait_for(self._read(worker), START_SECONDS)
+            ready = await asyncio.wait_for(self._read(worker), START_SECONDS)
         except BaseException:
             await _kill(worker)
             raise
+        if ready["unfiltered"] and not self._has_warned:
+            self._has_warned = True
+            log.warning("templates run without a filter of system calls: %s", ready["unfiltered"])
         return worker
 
     async def _exchange(self, worker: asyncio.subprocess.Process, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 A template is code from a model's file. It runs in Jinja's sandbox, and because a sandbox has had holes and bounds
 neither time nor memory, in a process with a bounded address space and bounded CPU time, without an environment,
-that can open no file and no socket: its limit on descriptors is what it has. It reads requests from standard
-input and writes answers to standard output, each a length (4 bytes, big-endian) and as many bytes of JSON; the
-first one, empty, says that it is ready. Whoever starts it bounds the wall-clock time by killing it, since nothing
-inside interrupts a long computation in C.
+that can open no file and no socket and start no process: the kernel refuses (syscalls.py). It reads requests from
+standard input and writes answers to standard output, each a length (4 bytes, big-endian) and as many bytes of JSON;
+the first one says that it is ready, and whether the kernel refuses. Whoever starts it bounds the wall-clock time by
+killing it, since nothing inside interrupts a long computation in C.
 
-Run as a script, it imports nothing of mxgpt.
+Run as a script, it imports nothing of mxgpt but the file beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import datetime
 import functools
 import json
 import resource
+import runpy
 import sys
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import jinja2
@@ -55,6 +57,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = to_json
         self.globals["raise_exception"] = raise_exception
+        del self.globals["lipsum"]  # prints filler text, which it would import from a file
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} is forbidden")
@@ -79,8 +82,9 @@ def raise_exception(message: str) -> NoReturn:
 class Renderer:
     """Compiles templates, keeps the last few, renders them."""
 
-    def __init__(self) -> None:
-        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)(Environment().from_string)
+    def __init__(self, environment: Environment | None = None) -> None:
+        self.environment = environment or Environment()
+        self._compile = functools.lru_cache(MAX_TEMPLATES_KEPT)(self.environment.from_string)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"text"} or {"error", "is_exhausted"} for {"template", "variables", "today" (YYYY-MM-DD), "max_chars"}."""
@@ -116,9 +120,9 @@ def main() -> None:
     max_memory_bytes, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
     renderer = Renderer()
     _warm_up(renderer)
-    _limit_process(max_memory_bytes)
+    error = _limit_process(max_memory_bytes)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    _write(sink, {})  # ready
+    _write(sink, {"unfiltered": error})
     while request := _read(source):
         _limit_cpu(cpu_seconds)
         _write(sink, renderer.answer(request))
@@ -145,14 +149,24 @@ def _warm_up(renderer: Renderer) -> None:
     assert "text" in renderer.answer(request)
     assert "error" in renderer.answer({**request, "template": "{{ messages.__class__ }}"})
     assert "error" in renderer.answer({**request, "template": "{{ messages | no_such_filter }}"})
+    for name in renderer.environment.filters:
+        renderer.answer({**request, "template": f"{{{{ 'é' | {name} }}}}"})
 
 
-def _limit_process(max_memory_bytes: int) -> None:
+def _limit_process(max_memory_bytes: int) -> str:
+    """Take away what rendering does not need; returns why system calls could not be filtered, empty if they are."""
+    filter_path = Path(__file__).with_name("syscalls.py")
+    forbid_all_but_computing = runpy.run_path(str(filter_path))["forbid_all_but_computing"]
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    try:
+        forbid_all_but_computing()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _limit_cpu(seconds: int) -> None:

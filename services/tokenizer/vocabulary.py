@@ -6,12 +6,12 @@ definition of decoding here, for whole answers and for streams. Special tokens h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from services.tokenizer.harmony_markers import Marker
+from services.tokenizer.special_texts import SpecialTexts
 from shared.errors import Reason, ServiceError
 
 # How GPT-2 spells the 256 bytes: printable Latin-1 as itself, the others from U+0100 on.
@@ -63,10 +63,10 @@ class Vocabulary:
         return {text: token_id for token_id, text in self.special_texts.items()}
 
     @cached_property
-    def special_pattern(self) -> re.Pattern[str] | None:
-        """Matches the spelling of a special token, the longest one; None where there are none."""
-        texts = sorted((text for text in self.special_ids if len(text) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
+    def special_spellings(self) -> SpecialTexts | None:
+        """Finds the spellings of special tokens that a mark can break, of two characters or more; None without any."""
+        texts = [text for text in self.special_ids if len(text) > 1]
+        return SpecialTexts(texts) if texts else None
 
     @cached_property
     def harmony_markers(self) -> Mapping[int, Marker]:
