@@ -109,6 +109,10 @@ class BlockPool:
         """The block with these contents."""
         return self._by_hash.get(block_hash)
 
+    def spare(self) -> int:
+        """The block that `allocate` would take next, of those that cache nothing; there must be one."""
+        return self._free[-1]
+
     def is_used(self, block: int) -> bool:
         return self._num_users[block] > 0
 
@@ -240,6 +244,13 @@ class BlockManager:
     def tables_of(self, sequence: Sequence) -> dict[str, NDArray[np.int32]]:
         """The tables by group, as they are now and as they will be."""
         return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
+
+    def spare_tables(self) -> dict[str, NDArray[np.int32]]:
+        """Tables (1,) of a block in each group that nobody holds and that caches nothing; there must be one.
+
+        There is after a sequence has been freed as unsound: the block of its newest position was its own.
+        """
+        return {pool.name: np.array([pool.spare()], np.int32) for pool in self._pools}
 
     def usage(self) -> tuple[BlockUsage, ...]:
         return tuple(pool.usage() for pool in self._pools)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.executor.sequence import Sequence
 from services.executor.step import Draws, SequenceSlice, StepBatch
@@ -74,6 +75,16 @@ def lay_out(chosen: Iterable[tuple[Sequence, int]]) -> Plan:
         shares.append(Share(sequence, count, draws, first_scored, num_scored, first_wanted, num_wanted))
     batch = StepBatch(token_ids, positions, slices, np.array(logits_rows, np.int32))
     return Plan(shares, batch, _draws(drawing, draw_rows, wanted))
+
+
+def probe(block_tables: Mapping[str, NDArray[np.int32]]) -> Plan:
+    """A step of one token that nobody has asked for, whose logits are wanted: it shows whether a runner runs.
+
+    Args:
+        block_tables: of each group a table (1,) of a block that holds nothing.
+    """
+    zero = np.zeros(1, np.int32)
+    return Plan([], StepBatch(zero, zero, [SequenceSlice(0, 1, 1, block_tables)], zero), _draws([], [], [0]))
 
 
 def _draws(drawing: list[Sequence], rows: list[int], wanted: list[int]) -> Draws:
