@@ -16,11 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from mxgpt import AsyncClient, Client
 from mxgpt.results import FinishReason, Result
-from tests.stack import Service, Stack, running
+from mxgpt.v1 import executor_pb2_grpc, loader_pb2, loader_pb2_grpc
+from shared.errors import Reason, ServiceError, Status
+from tests.calls import chat, error_of
+from tests.stack import Service, Stack, running, until
 
 PROMPT = [{"role": "user", "content": "Write a haiku about the sea."}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True, "logprobs": 0}
@@ -219,6 +223,51 @@ def test_a_tokenizer_that_dies_takes_no_stream(demo_gpt_oss: Path) -> None:
             executor.stop()
             for tokenizer in both:
                 tokenizer.stop()
+
+
+@pytest.mark.timeout(180)
+def test_a_loader_that_dies_takes_no_stream_and_finds_its_memory_again(demo_gpt_oss: Path) -> None:
+    """Without it executors serve, a newcomer and a new model say what they wait for; then it gets its memory back."""
+    with running(demo_gpt_oss, num_executors=2) as stack, Client(stack.address) as client:
+        quiet = outcome(client.complete(PROMPT, **SEEDED))
+        memory = _sealed_inodes(stack.loader.process.pid)
+        with client.generate(PROMPT, **SEEDED) as generation:
+            for piece_number, _ in enumerate(generation):
+                if piece_number == 20:
+                    stack.loader.kill()
+            assert outcome(generation.result) == quiet
+            assert generation.result.num_resumes == 0
+        for executor in stack.executors:
+            executor.wait_health("mxgpt.loader", serving=False)
+            executor.wait_health("", serving=True)
+
+        newcomer = stack.start_executor()
+        stack.executors.append(newcomer)
+        with grpc.insecure_channel(newcomer.address) as channel:
+            until(lambda: _refusal_of(channel).reason is Reason.LOADER_UNAVAILABLE)
+            assert _refusal_of(channel).status is Status.UNAVAILABLE
+        newcomer.wait_health("mxgpt.loader", serving=False)
+        newcomer.wait_health("", serving=False)
+        with grpc.insecure_channel(stack.loader.address) as channel:
+            load = loader_pb2_grpc.LoaderServiceStub(channel).LoadModel(loader_pb2.LoadModelRequest(path="other.gguf"))
+            assert error_of(load, Reason.LOADER_UNAVAILABLE).status is Status.UNAVAILABLE
+        assert outcome(client.complete(PROMPT, **SEEDED)) == quiet
+
+        stack.loader = stack.start_loader("--listen", stack.loader.address)
+        for executor in stack.executors:
+            executor.wait_health("mxgpt.loader", serving=True)
+            executor.wait_health("", serving=True)
+            assert _sealed_inodes(_engine_of(executor)) == memory
+        assert _sealed_inodes(stack.loader.process.pid) == memory, "handed over, not loaded again"
+        with grpc.insecure_channel(stack.loader.address) as channel:
+            stub = loader_pb2_grpc.LoaderServiceStub(channel)
+            assert stub.GetStatus(loader_pb2.GetStatusRequest(), timeout=5).num_leases == 3
+        with Client(newcomer.address) as other:
+            assert outcome(other.complete(PROMPT, **SEEDED)) == quiet
+
+
+def _refusal_of(channel: grpc.Channel) -> ServiceError:
+    return error_of(executor_pb2_grpc.ExecutorServiceStub(channel).Generate(chat("hello"), timeout=5))
 
 
 def _kill(process_id: int) -> None:

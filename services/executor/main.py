@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import click
+import grpc
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2_grpc
 from services.executor.backend import layouts_of
@@ -47,6 +48,8 @@ class Executor:
     async def run(self) -> int:
         """Serve until a signal or until the engine's process ends; returns the exit code."""
         address = await self._server.start()
+        for peer in (LOADER_HEALTH, TOKENIZER_HEALTH):
+            await self._server.set_health(peer, False)
         log.info("listening on %s", address)
         print(f"executor listening on {address}", flush=True)
         self._tasks.append(asyncio.create_task(self._bring_up()))
@@ -99,6 +102,7 @@ class Executor:
             except ServiceError as error:
                 if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
                     raise
+                self._servicer.wait_for_loader(error)
                 if error.message != last_message:
                     log.info("waiting for the loader: %s", error.message)
                     last_message = error.message
@@ -112,7 +116,7 @@ class Executor:
             self._loader.changed.clear()
 
     async def _watch_tokenizer(self, tokenizer: TokenizerClient) -> None:
-        """Become healthy once a tokenizer has described the model's vocabulary."""
+        """Become healthy once a tokenizer has described the model's vocabulary; then tell whether any is there."""
         last_message = ""
         while True:
             try:
@@ -123,8 +127,11 @@ class Executor:
                     log.info("waiting for the tokenizer: %s", error.message)
                     last_message = error.message
                 await asyncio.sleep(0.2)
-        await self._server.set_health(TOKENIZER_HEALTH, True)
         await self._server.set_health(OVERALL, True)
+        while True:
+            state = self._tokenizer_channel.get_state(try_to_connect=True)
+            await self._server.set_health(TOKENIZER_HEALTH, state is grpc.ChannelConnectivity.READY)
+            await self._tokenizer_channel.wait_for_state_change(state)
 
     async def _report_failure(self, bring_up: asyncio.Task[None]) -> None:
         await self._server.set_health(OVERALL, False)

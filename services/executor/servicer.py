@@ -20,13 +20,13 @@ from services.executor.request import Event, Request
 from services.executor.text_pipe import TextPipe
 from services.executor.tokenizer_client import TokenizerClient, Vocabulary
 from services.executor.validation import Limits
-from shared.errors import Reason, ServiceError
+from shared.errors import Reason, ServiceError, Status
 from shared.manifest import Manifest
 from shared.server import Server, servicer_method
 
 
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
-    """Serves one model once `serve_model` has been called; until then calls are answered STARTING."""
+    """Serves one model once `serve_model` has been called; until then calls are answered with why there is none."""
 
     def __init__(self, server: Server, config: ExecutorConfig) -> None:
         self.executor_id = config.name
@@ -38,6 +38,11 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         self._engine_ids = itertools.count()
         self._num_calls = 0  # of Generate, those that are still being prepared included
         self._model: _Model | None = None
+        self._lack = (Reason.STARTING, "it has not attached to the loader")
+
+    def wait_for_loader(self, error: ServiceError) -> None:
+        """Tell callers what keeps this executor from attaching to its model."""
+        self._lack = (error.reason if error.status is Status.UNAVAILABLE else Reason.STARTING, error.message)
 
     def serve_model(
         self, manifest: Manifest, context_length: int, engine: EngineClient, tokenizer: TokenizerClient, pipe: TextPipe
@@ -139,7 +144,8 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
     def _model_for(self, name: str) -> _Model:
         model = self._model
         if model is None:
-            raise ServiceError(Reason.STARTING, "the executor has not attached to its model yet", retry_after=1.0)
+            reason, why = self._lack
+            raise ServiceError(reason, f"this executor has no model yet: {why}", retry_after=1.0)
         if name and name not in model.names:
             raise ServiceError(
                 Reason.MODEL_NOT_FOUND,
