@@ -109,9 +109,9 @@ class BlockPool:
         """The block with these contents."""
         return self._by_hash.get(block_hash)
 
-    def spare(self) -> int:
-        """The block that `allocate` would take next, of those that cache nothing; there must be one."""
-        return self._free[-1]
+    def spare(self) -> int | None:
+        """A block that nobody holds and that caches nothing; it stays free."""
+        return self._free[-1] if self._free else None
 
     def is_used(self, block: int) -> bool:
         return self._num_users[block] > 0
@@ -245,12 +245,12 @@ class BlockManager:
         """The tables by group, as they are now and as they will be."""
         return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
 
-    def spare_tables(self) -> dict[str, NDArray[np.int32]]:
-        """Tables (1,) of a block in each group that nobody holds and that caches nothing; there must be one.
-
-        There is after a sequence has been freed as unsound: the block of its newest position was its own.
-        """
-        return {pool.name: np.array([pool.spare()], np.int32) for pool in self._pools}
+    def spare_tables(self) -> dict[str, NDArray[np.int32]] | None:
+        """Tables (1,) of a block in each group that nobody holds and that caches nothing; None if one group has none."""
+        spare = {pool.name: pool.spare() for pool in self._pools}
+        if None in spare.values():
+            return None
+        return {name: np.array([block], np.int32) for name, block in spare.items()}
 
     def usage(self) -> tuple[BlockUsage, ...]:
         return tuple(pool.usage() for pool in self._pools)
