@@ -246,7 +246,7 @@ class BlockManager:
         return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
 
     def spare_tables(self) -> dict[str, NDArray[np.int32]] | None:
-        """Tables (1,) of a block in each group that nobody holds and that caches nothing; None if one group has none."""
+        """Tables (1,) of a block in each group that nobody holds and that caches nothing; None where there is none."""
         spare = {pool.name: pool.spare() for pool in self._pools}
         if None in spare.values():
             return None
