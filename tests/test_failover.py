@@ -24,7 +24,7 @@ from mxgpt.results import FinishReason, Result
 from mxgpt.v1 import executor_pb2_grpc, loader_pb2, loader_pb2_grpc
 from shared.errors import Reason, ServiceError, Status
 from tests.calls import chat, error_of
-from tests.stack import Service, Stack, running, until
+from tests.stack import Service, Stack, engine_of, running, until
 
 PROMPT = [{"role": "user", "content": "Write a haiku about the sea."}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True, "logprobs": 0}
@@ -176,7 +176,7 @@ def test_kill_the_executor_of_a_stream(demo_gpt_oss: Path, num_kills: int, clien
 
 def test_two_executors_map_one_copy_of_the_weights(demo_gpt_oss: Path) -> None:
     with running(demo_gpt_oss, num_executors=2) as stack:
-        engines = [_engine_of(executor) for executor in stack.executors]
+        engines = [engine_of(executor) for executor in stack.executors]
         inodes = [_sealed_inodes(engine) for engine in engines]
         assert inodes[0] == inodes[1] == _sealed_inodes(stack.loader.process.pid)
         assert len(inodes[0]) > 0
@@ -193,7 +193,7 @@ def test_an_engine_that_dies_takes_its_executor_with_it_and_no_stream(demo_gpt_o
                         for executor in stack.executors
                         if generation.result.executor_id.endswith(f"-{executor.process.pid}")
                     ]
-                    threading.Thread(target=_kill, args=(_engine_of(victim),)).start()
+                    threading.Thread(target=_kill, args=(engine_of(victim),)).start()
             assert outcome(generation.result) == quiet
         assert victim.process.wait(10) != 0, "its supervisor must see a failure"
 
@@ -257,7 +257,7 @@ def test_a_loader_that_dies_takes_no_stream_and_finds_its_memory_again(demo_gpt_
         for executor in stack.executors:
             executor.wait_health("mxgpt.loader", serving=True)
             executor.wait_health("", serving=True)
-            assert _sealed_inodes(_engine_of(executor)) == memory
+            assert _sealed_inodes(engine_of(executor)) == memory
         assert _sealed_inodes(stack.loader.process.pid) == memory, "handed over, not loaded again"
         with grpc.insecure_channel(stack.loader.address) as channel:
             stub = loader_pb2_grpc.LoaderServiceStub(channel)
@@ -272,13 +272,6 @@ def _refusal_of(channel: grpc.Channel) -> ServiceError:
 
 def _kill(process_id: int) -> None:
     os.kill(process_id, signal.SIGKILL)
-
-
-def _engine_of(executor: Service) -> int:
-    """Process id of an executor's engine: its only child."""
-    pid = executor.process.pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
 
 
 def _sealed_inodes(process_id: int) -> set[int]:

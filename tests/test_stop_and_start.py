@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from mxgpt.results import Result
 from mxgpt.v1 import executor_pb2_grpc
 from shared.errors import Reason, Status
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import Service, Stack, running
+from tests.stack import Service, Stack, free_ports, running
 
 PROMPT = "Write a haiku about the sea."
 LONG = {"max_tokens": 1200, "ignore_eos": True}  # several seconds of tokens
@@ -139,15 +138,6 @@ def restart(stack: Stack, index: int) -> int:
     stack.executors[index] = stack.start_executor("--listen", stopped.address)
     stack.executors[index].wait_healthy()
     return code
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @contextmanager
