@@ -1,13 +1,14 @@
 """The services under many clients, rude ones among them: does every stream end once, and does everything come back?
 
-python -m benchmarks.bench_load [--streams 500] [--rounds 3] [--picture FILE.svg]
+python -m benchmarks.bench_load [--clients 500] [--rounds 3] [--picture FILE.svg]
 
-Over the gpt-oss demo model on the CPU, plain gRPC calls without retries arrive at random. Of them 30 % are cancelled
-at random, 10 % stop reading after their first message, 10 % have a deadline that is too short; the rest read to the
-end. Prompts and lengths are mixed. After each round everything must be as it was at the start: no sequence, every KV
-block free or in the prefix cache, the same leases, descriptors, sockets and threads, no more memory. At last more
-requests come at once than the queue holds. Before all that: how soon a cancelled stream's blocks are free, and what
-readers that have stopped cost the others. Exits with 1 if anything of this is not as it should be.
+Over the gpt-oss demo model on the CPU, clients come at random and keep one stream open each: plain gRPC calls without
+retries. Of the streams 30 % are cancelled at random, 10 % are not read after their first message, 10 % have a deadline
+that is too short; the rest are read to their end. Prompts and lengths are mixed. After each round everything must be as
+it was at the start: no sequence, every KV block free or in the prefix cache, the same leases, descriptors, sockets and
+threads, no more memory. At last more requests come at once than the queue holds. Before all that: how soon a cancelled
+stream's blocks are free, and what readers that have stopped cost the others. Exits with 1 if anything of this is not as
+it should be.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from mxgpt.serve import ServeConfig, Supervisor
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from shared.channel import open_channel
 
-ARRIVAL_SECONDS = 5.0  # over which a round's streams begin
+ROUND_SECONDS = 5.0  # over which a round's clients come, and for as long they go on
 STALL_SECONDS = 5.0  # after which the server gives a reader up
 CLOSING_SECONDS = 1.0  # until servers have seen that connections have ended
 MAX_RUNNING, MAX_WAITING = 64, 512
@@ -61,7 +62,7 @@ class Report:
     gaps: dict[str, list[float]] = field(default_factory=dict)
 
 
-async def measure(num_streams: int, num_rounds: int) -> Report:
+async def measure(num_clients: int, num_rounds: int) -> Report:
     """Run it all and print it."""
     report = Report()
     options = tuple(str(word) for option in OPTIONS.items() for word in option)
@@ -75,7 +76,7 @@ async def measure(num_streams: int, num_rounds: int) -> Report:
         print(f"at the start: {', '.join(_describe(name, each) for name, each in at_start.items())}")
         after_rounds = []
         for number in range(num_rounds):
-            await measure_round(supervisor, number, num_streams, report)
+            await measure_round(supervisor, number, num_clients, report)
             after_rounds.append(held())
             report.wrong += check_held(at_start, after_rounds[0], after_rounds[-1])
         print_latencies(report)
@@ -110,20 +111,22 @@ async def measure_slow_readers(clients: Clients) -> None:
     print_table([f"{NUM_BESIDE} readers beside", *(f"gap {name}, ms" for name in ("p50", "p90", "p99", "max"))], rows)
 
 
-async def measure_round(supervisor: Supervisor, number: int, num_streams: int, report: Report) -> None:
-    """Mixed streams over a few seconds; the executor must be idle after them."""
+async def measure_round(supervisor: Supervisor, number: int, num_clients: int, report: Report) -> None:
+    """Clients of every kind for a few seconds; the executor must be idle after them."""
     clients = Clients(supervisor.address, number, 3 * STALL_SECONDS)
     start = time.monotonic()
-    streams = await clients.mixed(num_streams, ARRIVAL_SECONDS)
+    streams = await clients.mixed(num_clients, ROUND_SECONDS)
     seconds = time.monotonic() - start
     status = await clients.until_idle()
     await clients.close()
     await asyncio.sleep(CLOSING_SECONDS)
     name = f"round {number + 1}"
-    print(f"{name}, {seconds:.1f} s:")
+    print(f"{name}: {len(streams)} streams in {seconds:.1f} s, at most {clients.max_open} open at once")
     print_outcomes(streams)
     print(f"  held: {', '.join(_describe(service, each) for service, each in held().items())}")
     report.wrong += check_streams(streams) + check_idle(status) + await check_leases(supervisor)
+    if clients.max_open < 0.9 * num_clients:
+        report.wrong.append(f"only {clients.max_open} streams were open at once")
     if not any("DEADLINE_EXCEEDED" in stream.outcomes for stream in streams if stream.kind == STALLS):
         report.wrong.append("no client that stopped reading was given up")
     report.first_tokens[name] = [stream.first_token for stream in streams if stream.first_token]
@@ -222,12 +225,12 @@ def _describe(name: str, each: Held) -> str:
 def main() -> int:
     """Returns 0 if everything is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=500, help="in a round")
+    parser.add_argument("--clients", type=int, default=500, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--picture", type=Path, help="draw the latencies of all rounds into this SVG file")
     arguments = parser.parse_args()
-    note(f"{os.cpu_count()} cores; {arguments.streams} streams over {ARRIVAL_SECONDS:.0f} s, {arguments.rounds} rounds")
-    report = asyncio.run(measure(arguments.streams, arguments.rounds))
+    note(f"{os.cpu_count()} cores; {arguments.clients} clients, {arguments.rounds} rounds")
+    report = asyncio.run(measure(arguments.clients, arguments.rounds))
     if arguments.picture is not None:
         first = Panel("From the call to the first token", report.first_tokens)
         write_distributions(arguments.picture, [first, Panel("Between two messages of a stream", report.gaps)])

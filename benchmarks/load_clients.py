@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 
 READS, CANCELS, STALLS, SHORT = "reads", "cancels", "stops reading", "short deadline"
 KINDS = {READS: 0.5, CANCELS: 0.3, STALLS: 0.1, SHORT: 0.1}  # shares of a round
-LONGEST_ROUND = 300.0  # seconds
+SHORT_DEADLINE = 0.05  # seconds
+LONGEST_ROUND = 600.0  # seconds
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Clients:
         self._random = random.Random(seed)
         self._prompts = [task.prompt for task in held_out_tasks(seed, 200)]
         self._stall_seconds = stall_seconds
+        self._num_open = 0
+        self.max_open = 0  # streams at once
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels))
@@ -68,32 +72,47 @@ class Clients:
                 return status
             await asyncio.sleep(0.05)
 
-    async def mixed(self, num_streams: int, seconds: float) -> list[Stream]:
-        """Streams of every kind that arrive at random over `seconds`, all of them ended."""
-        kinds = self._random.choices(list(KINDS), list(KINDS.values()), k=num_streams)
-        calls = [self.call(kind, self._random.random() * seconds) for kind in kinds]
-        return await asyncio.wait_for(asyncio.gather(*calls), LONGEST_ROUND)
+    async def mixed(self, num_clients: int, seconds: float) -> list[Stream]:
+        """Clients that come at random within `seconds`, and go on for as long: streams of every kind, all ended.
+
+        From the last one's coming to the first one's going, each has a stream open.
+        """
+        streams = await asyncio.wait_for(
+            asyncio.gather(*(self._client(seconds) for _ in range(num_clients))), LONGEST_ROUND
+        )
+        return list(itertools.chain(*streams))
+
+    async def _client(self, seconds: float) -> list[Stream]:
+        await asyncio.sleep(self._random.random() * seconds)
+        end = time.monotonic() + seconds
+        streams: list[Stream] = []
+        while not streams or time.monotonic() < end:
+            (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))
+            streams.append(await self.call(kind))
+        return streams
 
     async def at_once(self, kinds: list[str], num_tokens: int | None = None) -> list[Stream]:
         """Streams that all come at once, of `num_tokens` each, or of any length; all of them ended."""
-        calls = [self.call(kind, 0.0, num_tokens) for kind in kinds]
+        calls = [self.call(kind, num_tokens) for kind in kinds]
         return await asyncio.wait_for(asyncio.gather(*calls), LONGEST_ROUND)
 
-    async def call(self, kind: str, delay: float, num_tokens: int | None = None) -> Stream:
-        """One stream, `delay` seconds from now."""
+    async def call(self, kind: str, num_tokens: int | None = None) -> Stream:
+        """One stream."""
         stream = Stream(kind)
-        request = self._request(kind, num_tokens)
+        call = self._random.choice(self._stubs).Generate(
+            self._request(kind, num_tokens), timeout=SHORT_DEADLINE if kind == SHORT else None
+        )
         patience = self._random.uniform(0.05, 2.0)
-        stub = self._random.choice(self._stubs)
-        await asyncio.sleep(delay)
-        call = stub.Generate(request, timeout=0.05 if kind == SHORT else None)
         cancelling = asyncio.get_running_loop().call_later(patience, call.cancel) if kind == CANCELS else None
+        self._num_open += 1
+        self.max_open = max(self.max_open, self._num_open)
         try:
             await self._read(call, stream)
         except grpc.aio.AioRpcError as error:
             stream.outcomes.append(error.code().name + _detail(error))
         except asyncio.CancelledError:
             stream.outcomes.append("CANCELLED")
+        self._num_open -= 1
         if cancelling is not None:
             cancelling.cancel()
         return stream
