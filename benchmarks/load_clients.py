@@ -7,14 +7,18 @@ import contextlib
 import itertools
 import random
 import time
+from collections import Counter
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_status import rpc_status
 
 from models.train.tasks import held_out_tasks
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
+
+T = TypeVar("T")
 
 READS, CANCELS, STALLS, SHORT = "reads", "cancels", "stops reading", "short deadline"
 KINDS = {READS: 0.5, CANCELS: 0.3, STALLS: 0.1, SHORT: 0.1}  # shares of a round
@@ -35,13 +39,15 @@ class Stream:
 class Clients:
     """Plain clients of one executor.
 
+    A client that stops reading does so until nobody else reads, the engine is idle, and `stall_seconds` have passed;
+    then it sees how its stream ended.
+
     Args:
         address: of the executor.
         seed: of everything that is random about them.
-        stall_seconds: how long a client that stops reading does so.
     """
 
-    def __init__(self, address: str, seed: int, stall_seconds: float) -> None:
+    def __init__(self, address: str, seed: int, stall_seconds: float = 0.0) -> None:
         # Own connections with small windows, so that what is not read soon waits at the server.
         options = [
             ("grpc.use_local_subchannel_pool", 1),
@@ -53,8 +59,9 @@ class Clients:
         self._random = random.Random(seed)
         self._prompts = [task.prompt for task in held_out_tasks(seed, 200)]
         self._stall_seconds = stall_seconds
-        self._num_open = 0
+        self._num_open: Counter[str] = Counter()  # streams, by kind
         self.max_open = 0  # streams at once
+        self._read_on = asyncio.Event()  # for those that have stopped
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels))
@@ -77,9 +84,7 @@ class Clients:
 
         From the last one's coming to the first one's going, each has a stream open.
         """
-        streams = await asyncio.wait_for(
-            asyncio.gather(*(self._client(seconds) for _ in range(num_clients))), LONGEST_ROUND
-        )
+        streams = await self._all([self._client(seconds) for _ in range(num_clients)], seconds)
         return list(itertools.chain(*streams))
 
     async def _client(self, seconds: float) -> list[Stream]:
@@ -93,8 +98,24 @@ class Clients:
 
     async def at_once(self, kinds: list[str], num_tokens: int | None = None) -> list[Stream]:
         """Streams that all come at once, of `num_tokens` each, or of any length; all of them ended."""
-        calls = [self.call(kind, num_tokens) for kind in kinds]
-        return await asyncio.wait_for(asyncio.gather(*calls), LONGEST_ROUND)
+        return await self._all([self.call(kind, num_tokens) for kind in kinds])
+
+    async def _all(self, work: Sequence[Coroutine[Any, Any, T]], seconds: float = 0.0) -> list[T]:
+        """Results of work that lasts for at least `seconds`, those that stop reading included."""
+        self._read_on.clear()
+        waking = asyncio.create_task(self._wake_when_quiet(seconds))
+        try:
+            return await asyncio.wait_for(asyncio.gather(*work), LONGEST_ROUND)
+        finally:
+            waking.cancel()
+
+    async def _wake_when_quiet(self, seconds: float) -> None:
+        await asyncio.sleep(2 * seconds)  # all have come
+        while self._num_open.total() > self._num_open[STALLS]:
+            await asyncio.sleep(0.1)
+        await self.until_idle(LONGEST_ROUND)
+        await asyncio.sleep(self._stall_seconds)
+        self._read_on.set()
 
     async def call(self, kind: str, num_tokens: int | None = None) -> Stream:
         """One stream."""
@@ -104,15 +125,15 @@ class Clients:
         )
         patience = self._random.uniform(0.05, 2.0)
         cancelling = asyncio.get_running_loop().call_later(patience, call.cancel) if kind == CANCELS else None
-        self._num_open += 1
-        self.max_open = max(self.max_open, self._num_open)
+        self._num_open[kind] += 1
+        self.max_open = max(self.max_open, self._num_open.total())
         try:
             await self._read(call, stream)
         except grpc.aio.AioRpcError as error:
             stream.outcomes.append(error.code().name + _detail(error))
         except asyncio.CancelledError:
             stream.outcomes.append("CANCELLED")
-        self._num_open -= 1
+        self._num_open[kind] -= 1
         if cancelling is not None:
             cancelling.cancel()
         return stream
@@ -162,7 +183,7 @@ class Clients:
                 else:
                     stream.first_token = now - start
                     if stream.kind == STALLS:
-                        await asyncio.sleep(self._stall_seconds)  # and then sees how it ended
+                        await self._read_on.wait()
                 last = now
 
 
