@@ -32,9 +32,17 @@ class Engine:
     def __init__(self, num_outputs: int = 1) -> None:
         self.cancelled: list[int] = []
         request = Request("7", (1, 2, 3), Sampling(seed=1, num_outputs=num_outputs), Stopping(max_tokens=100))
-        origin = Origin("executor", "model", "digest")
-        pipe: Any = None
-        self.generation = Generation(request, "mine", origin, IDS_ALONE, None, pipe, self.cancelled.append)
+        no_pipe: Any = None
+        self.generation = Generation(
+            request=request,
+            request_id="mine",
+            caller="",
+            origin=Origin("executor", "model", "digest"),
+            form=IDS_ALONE,
+            vocabulary=None,
+            pipe=no_pipe,
+            cancel_output=self.cancelled.append,
+        )
         self.generation.on_event(RequestStarted("7", 0, 0.0))
 
     def draw(self, index: int, token_id: int, logprobs: Logprobs | None = None) -> None:
