@@ -123,6 +123,7 @@ class Supervisor:
         self._ready = False
         self._addresses: list[str] = []
         self.tokenizer_address = ""
+        self.loader_address = ""
 
     @property
     def metrics_addresses(self) -> list[str]:
@@ -156,7 +157,8 @@ class Supervisor:
         loader = await self._start_loader()
         loading = asyncio.create_task(self._watch_load(await self._or_end(loader.address())))
         try:
-            await self._start_others(await loader.address())
+            self.loader_address = await loader.address()
+            await self._start_others(self.loader_address)
             await self._or_end(loading)
         finally:
             loading.cancel()

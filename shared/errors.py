@@ -56,7 +56,7 @@ class Reason(enum.Enum):
     # Capacity.
     MEMORY_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The host lacks the memory; the message has needed and free.")
     VRAM_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The GPU lacks the memory; the message has needed and free.")
-    KV_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The request needs more KV blocks than there are.")
+    KV_EXHAUSTED = (Status.RESOURCE_EXHAUSTED, "The request needs more KV blocks, or memory in a step, than there is.")
     QUEUE_FULL = (Status.RESOURCE_EXHAUSTED, "The waiting line is full; RetryInfo says when to try again.")
     KEY_LIMIT_REACHED = (Status.RESOURCE_EXHAUSTED, "The key has all the calls running that it may; see RetryInfo.")
     # Life and death.

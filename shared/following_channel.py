@@ -37,6 +37,14 @@ class FollowingChannel:
     def stream_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
         return self._caller("stream_stream", method, options)
 
+    def get_state(self, try_to_connect: bool = False) -> Any:
+        """The connectivity of the channel that a call would take."""
+        return self._channel.get().get_state(try_to_connect=try_to_connect)
+
+    async def wait_for_state_change(self, last_state: Any) -> None:
+        """Wait until the channel that was current has another connectivity; for a channel of grpc.aio."""
+        await self._channel.last.wait_for_state_change(last_state)
+
     def close(self) -> Any:
         """Close the channel that is current; its calls are cancelled. To be awaited for a channel of grpc.aio."""
         return self._channel.last.close()

@@ -71,9 +71,9 @@ def collect(responses: Iterable[Any]) -> Collected:
     return collected
 
 
-def error_of(call: Iterable[Any]) -> ServiceError:
-    """The error that a stream ends with."""
+def error_of(call: Iterable[Any], unreachable: Reason = Reason.EXECUTOR_UNAVAILABLE) -> ServiceError:
+    """The error that a stream ends with; `unreachable` where no server answered."""
     with pytest.raises(grpc.RpcError) as caught:
         for _ in call:
             pass
-    return from_rpc_error(caught.value, Reason.EXECUTOR_UNAVAILABLE)
+    return from_rpc_error(caught.value, unreachable)

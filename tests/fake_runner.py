@@ -38,13 +38,21 @@ class FakeRunner(ImmediateRunner):
         self.kv_groups = (KVGroup(FULL, 1, 0), KVGroup(WINDOW, 1, window))
         self.batches = []  # every batch it was given
         self.fails_at = None  # number of the step that raises
+        self.fails_from = None  # number of the first of the steps that all raise
+        self.max_slice = None  # tokens of a sequence that a step has memory for
+        self.next_error = None  # raised by the next step, once
         self.nan_token_id = None  # a context that ends in it gives NaN
         self._stored = {name: np.full((count, block_size, 2), -1) for name, count in self.num_blocks.items()}
 
     def forward(self, batch):
         self.batches.append(batch)
-        if self.fails_at == len(self.batches):
+        if self.fails_at == len(self.batches) or (self.fails_from and len(self.batches) >= self.fails_from):
             raise RuntimeError("the fake model fails as told")
+        if self.next_error is not None:
+            error, self.next_error = self.next_error, None
+            raise error
+        if self.max_slice and max(part.num_tokens for part in batch.sequences) > self.max_slice:
+            raise MemoryError("the fake model lacks memory as told")
         assert (np.diff(batch.logits_rows) > 0).all()
         wanted = set(batch.logits_rows.tolist())
         logits = np.empty((len(wanted), self.vocab_size), np.float32)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -56,18 +57,22 @@ class Service:
     def text(self) -> str:
         return "".join(self.log)
 
-    def wait_healthy(self, name: str = "") -> None:
+    def wait_healthy(self) -> None:
+        self.wait_health("", serving=True)
+
+    def wait_health(self, name: str, serving: bool) -> None:
+        """Wait until the service says of `name`, empty for itself as a whole, that it is serving, or is not."""
+        wanted = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         deadline = time.monotonic() + START_SECONDS
         with grpc.insecure_channel(self.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
-                    request = health_pb2.HealthCheckRequest(service=name)
-                    if stub.Check(request, timeout=2).status == health_pb2.HealthCheckResponse.SERVING:
+                    if stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=2).status == wanted:
                         return
                 assert self.process.poll() is None, f"{self.name} ended:\n{self.text}"
                 time.sleep(0.02)
-        raise AssertionError(f"{self.name} is not healthy after {START_SECONDS} s:\n{self.text}")
+        raise AssertionError(f"{self.name} does not say {wanted} of {name!r} after {START_SECONDS} s:\n{self.text}")
 
     def joined(self) -> None:
         """Wait until all that a process wrote before it ended is in `text`."""
@@ -163,6 +168,30 @@ def running(
         yield stack
     finally:
         stack.stop()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for a condition to come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def engine_of(executor: Service) -> int:
+    """Process id of an executor's engine: its only child."""
+    pid = executor.process.pid
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def num_descriptors(process_id: int) -> int:

@@ -265,7 +265,13 @@ def test_a_thousand_random_traces_of_overlapping_steps(first):
         trace(seed, LateRunner)
 
 
-def trace(seed, make_runner=FakeRunner):
+@pytest.mark.parametrize("make_runner", [FakeRunner, LateRunner])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_traces_with_steps_that_break(seed, make_runner):
+    trace(seed, make_runner, break_rate=0.05)
+
+
+def trace(seed, make_runner=FakeRunner, break_rate=0.0):
     """Submits, cancels, scarce blocks: every invariant after every step, every survivor as alone."""
     rng = random.Random(seed)
     runner = make_runner(window=rng.choice([1, 3, 6, 9]), num_blocks=SCARCE)
@@ -288,8 +294,13 @@ def trace(seed, make_runner=FakeRunner):
             if engine.cancel(request_id, index := rng.randrange(2)):
                 dropped.add((request_id, index))
                 engine.check_integrity()
+        if rng.random() < break_rate:
+            runner.next_error = rng.choice([MemoryError, RuntimeError])("as told")
         step(engine, transcripts)
-    for request_id in transcripts.keys() - cancelled:
+    failed = {request_id for request_id, transcript in transcripts.items() if transcript.error is not None}
+    assert bool(failed) == bool(break_rate)
+    assert not engine.is_broken
+    for request_id in transcripts.keys() - cancelled - failed:
         assert_survivors_as_expected(transcripts[request_id], requests[request_id], runner, dropped)
     assert num_free(engine) == SCARCE
     status = engine.status()
@@ -495,6 +506,43 @@ def test_a_runner_that_gives_other_rows_fails_the_step():
     runner = FakeRunner()
     runner.forward = lambda batch: np.zeros((7, runner.vocab_size), np.float32)
     assert run_alone(make_request(), runner).error.reason is Reason.INTERNAL
+
+
+def test_a_step_that_lacks_memory_fails_its_largest_request_and_the_others_go_on():
+    runner = FakeRunner()
+    runner.max_slice = 7
+    engine = make_engine(runner)
+    whole = num_free(engine)
+    others = [make_request(str(number), [number] * 5, sampling={"num_outputs": 2}) for number in range(3)]
+    transcripts = run(engine, others[0], make_request("large", range(12)), *others[1:])
+    error = transcripts["large"].error
+    assert error.reason is Reason.KV_EXHAUSTED
+    assert error.metadata["reference"] in error.message
+    for request in others:
+        assert_as_expected(transcripts[request.request_id], request)
+    assert num_free(engine) == whole
+    assert not engine.is_broken
+
+
+def test_a_runner_that_fails_once_is_not_given_up():
+    runner = FakeRunner()
+    runner.fails_at = 2
+    engine = make_engine(runner)
+    assert run(engine, make_request())["a"].error.reason is Reason.INTERNAL
+    assert not engine.is_broken
+    assert_as_expected(run(engine, make_request())["a"], make_request())
+
+
+def test_a_runner_that_fails_for_good_is_given_up_once_its_requests_have_been_told():
+    runner = FakeRunner()
+    runner.fails_from = 3
+    engine = make_engine(runner)
+    engine.submit(make_request())
+    engine.step()
+    engine.step()
+    assert not engine.is_broken
+    assert [type(event) for event in engine.step()] == [RequestFailed]
+    assert engine.is_broken
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "num_outputs": 2}])

@@ -3,37 +3,103 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
 import signal
+import statistics
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from mxgpt import AsyncClient, Client
-from mxgpt.results import Result
-from tests.stack import Service, Stack, running
+from mxgpt.results import FinishReason, Result
+from mxgpt.v1 import executor_pb2_grpc, loader_pb2, loader_pb2_grpc
+from shared.errors import Reason, ServiceError, Status
+from tests.calls import chat, error_of
+from tests.stack import Service, Stack, engine_of, running, until
 
 PROMPT = [{"role": "user", "content": "Write a haiku about the sea."}]
-OPTIONS: list[dict[str, Any]] = [
-    {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True},
-    {
-        "temperature": 1.3,
-        "seed": 7,
-        "n": 2,
-        "max_tokens": 200,
-        "ignore_eos": True,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.2,
-        "repetition_penalty": 1.1,
-        "stop_strings": ["\n\n\n\n"],
-        "logprobs": 2,
-    },
-]
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True, "logprobs": 0}
+SEEDED: dict[str, Any] = {
+    "temperature": 1.3,
+    "seed": 7,
+    "n": 2,
+    "max_tokens": 200,
+    "ignore_eos": True,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+    "repetition_penalty": 1.1,
+    "stop_strings": ["\n\n\n\n"],
+    "logprobs": 2,
+}
+OPTIONS = [GREEDY, SEEDED]
+
+
+@dataclass
+class Watched:
+    """One stream as its reader saw it."""
+
+    begin: float = field(default_factory=time.monotonic)
+    arrivals: list[float] = field(default_factory=list)  # of its pieces
+    executor_id: str = ""  # that serves it; empty before the first piece
+
+    def saw(self, generation: Any) -> None:
+        self.arrivals.append(time.monotonic())
+        self.executor_id = generation.result.executor_id
+
+    @property
+    def seconds(self) -> float:
+        return self.arrivals[-1] - self.begin
+
+    @property
+    def longest_pause(self) -> float:
+        """The longest time between two pieces, in seconds."""
+        return max(later - earlier for earlier, later in itertools.pairwise(self.arrivals))
+
+
+Stream = Callable[[dict[str, Any], Watched], Result]
+
+
+@contextlib.contextmanager
+def blocking_client(address: str) -> Iterator[Stream]:
+    """Streams of one `Client`."""
+    with Client(address) as client:
+
+        def stream(options: dict[str, Any], watched: Watched) -> Result:
+            with client.generate(PROMPT, **options) as generation:
+                for _ in generation:
+                    watched.saw(generation)
+                return generation.result
+
+        yield stream
+
+
+@contextlib.contextmanager
+def async_client(address: str) -> Iterator[Stream]:
+    """Streams of one `AsyncClient`, one after the other."""
+
+    async def make() -> AsyncClient:
+        return AsyncClient(address)
+
+    with asyncio.Runner() as runner:
+        client = runner.run(make())
+
+        async def read(options: dict[str, Any], watched: Watched) -> Result:
+            async with client.generate(PROMPT, **options) as generation:
+                async for _ in generation:
+                    watched.saw(generation)
+                return generation.result
+
+        yield lambda options, watched: runner.run(read(options, watched))
+        runner.run(client.close())
 
 
 def outcome(result: Result) -> list[Any]:
@@ -41,11 +107,26 @@ def outcome(result: Result) -> list[Any]:
     return [(output.token_ids, output.text, output.finish_reason, output.logprobs) for output in result.outputs]
 
 
-def kill_the_server_of(stack: Stack, executor_id: str) -> Service:
-    """Kill the executor that serves a stream; returns it."""
-    (victim,) = [executor for executor in stack.executors if executor_id.endswith(f"-{executor.process.pid}")]
-    victim.kill()
-    return victim
+def stopped_by_a_string(stream: Stream) -> dict[str, Any]:
+    """Options under which an output ends in a stop string, in its second half."""
+    options = {**SEEDED, "n": 1, "seed": 11}
+    pieces = stream(options, Watched()).outputs[0].pieces
+    texts = [piece.text for piece in pieces]
+    stop = next(
+        piece.text
+        for number, piece in enumerate(pieces)
+        if 2 * number > len(pieces)
+        and len(piece.text) > 3
+        and piece.channel == "final"
+        and piece.text not in "".join(texts[:number])
+    )
+    return {**options, "stop_strings": ["never there", stop]}
+
+
+def server_of(stack: Stack, watched: Watched) -> Service:
+    """The executor that serves a stream; any of them before its first piece."""
+    ids = [executor for executor in stack.executors if watched.executor_id.endswith(f"-{executor.process.pid}")]
+    return ids[0] if ids else stack.executors[0]
 
 
 def bring_back(stack: Stack, victim: Service) -> None:
@@ -54,53 +135,48 @@ def bring_back(stack: Stack, victim: Service) -> None:
     stack.executors[index].wait_healthy()
 
 
+@pytest.mark.parametrize("client", [blocking_client, async_client])
 @pytest.mark.parametrize("num_kills", [pytest.param(4), pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)
-def test_kill_the_executor_of_a_stream(demo_gpt_oss: Path, num_kills: int) -> None:
+def test_kill_the_executor_of_a_stream(demo_gpt_oss: Path, num_kills: int, client: Any) -> None:
+    """At a moment between a stream's first byte and its last, drawn anew for each; whoever reads it sees a pause."""
     chance = random.Random(num_kills)
     pauses = []
-    with running(demo_gpt_oss, num_executors=2) as stack, Client(stack.address) as client:
-        quiet = [outcome(client.complete(PROMPT, **options)) for options in OPTIONS]
-        for number in range(num_kills):
-            options = OPTIONS[number % len(OPTIONS)]
-            kill_after = chance.randrange(1, 150)
-            victim = None
-            arrivals = []
-            with client.generate(PROMPT, **options) as generation:
-                for piece_number, _ in enumerate(generation):
-                    arrivals.append(time.monotonic())
-                    if piece_number == kill_after:
-                        victim = kill_the_server_of(stack, generation.result.executor_id)
-                result = generation.result
-            assert outcome(result) == quiet[number % len(OPTIONS)]
-            if victim is not None:
-                assert result.num_resumes >= 1
-                pauses.append(max(later - earlier for earlier, later in itertools.pairwise(arrivals)))
-                bring_back(stack, victim)
-    assert len(pauses) >= num_kills // 2, "most kills must fall into a stream"
-    print(f"\n{len(pauses)} streams continued; longest pauses {sorted(pauses)[-3:]} s")
+    with running(demo_gpt_oss, num_executors=2) as stack, client(stack.address) as stream:
+        all_options = [*OPTIONS, stopped_by_a_string(stream)]
+        quiet, seconds = [], []
+        for options in all_options:
+            watched = Watched()
+            quiet.append(outcome(stream(options, watched)))
+            seconds.append(watched.seconds)
+        assert quiet[-1][0][2] is FinishReason.STOP_STRING
+        for number in itertools.count():
+            kind = number % len(all_options)
+            watched, victims = Watched(), []
 
+            def kill(watched: Watched = watched, victims: list[Service] = victims) -> None:
+                victims.append(server_of(stack, watched))
+                victims[0].kill()
 
-def test_the_async_client_goes_on_too(demo_gpt_oss: Path) -> None:
-    async def main(stack: Stack) -> None:
-        async with AsyncClient(stack.address) as client:
-            quiet = outcome(await client.complete(PROMPT, **OPTIONS[1]))
-            async with client.generate(PROMPT, **OPTIONS[1]) as generation:
-                pieces = 0
-                async for _ in generation:
-                    pieces += 1
-                    if pieces == 20:
-                        kill_the_server_of(stack, generation.result.executor_id)
-                assert outcome(generation.result) == quiet
-                assert generation.result.num_resumes >= 1
-
-    with running(demo_gpt_oss, num_executors=2) as stack:
-        asyncio.run(main(stack))
+            killer = threading.Timer(chance.uniform(0, seconds[kind]), kill)
+            killer.start()
+            result = stream(all_options[kind], watched)
+            killer.join()
+            assert outcome(result) == quiet[kind]
+            if result.num_resumes:
+                pauses.append(watched.longest_pause)
+            bring_back(stack, victims[0])
+            if len(pauses) == num_kills:
+                break
+            assert number < 3 * num_kills, "most kills must fall into a stream"
+    worst = [f"{pause:.2f}" for pause in sorted(pauses)[-3:]]
+    print(f"\n{num_kills} streams went on, {number + 1 - num_kills} kills fell beside one; ", end="")
+    print(f"pauses: median {statistics.median(pauses):.2f} s, longest {', '.join(worst)} s")
 
 
 def test_two_executors_map_one_copy_of_the_weights(demo_gpt_oss: Path) -> None:
     with running(demo_gpt_oss, num_executors=2) as stack:
-        engines = [_engine_of(executor) for executor in stack.executors]
+        engines = [engine_of(executor) for executor in stack.executors]
         inodes = [_sealed_inodes(engine) for engine in engines]
         assert inodes[0] == inodes[1] == _sealed_inodes(stack.loader.process.pid)
         assert len(inodes[0]) > 0
@@ -117,7 +193,7 @@ def test_an_engine_that_dies_takes_its_executor_with_it_and_no_stream(demo_gpt_o
                         for executor in stack.executors
                         if generation.result.executor_id.endswith(f"-{executor.process.pid}")
                     ]
-                    threading.Thread(target=_kill, args=(_engine_of(victim),)).start()
+                    threading.Thread(target=_kill, args=(engine_of(victim),)).start()
             assert outcome(generation.result) == quiet
         assert victim.process.wait(10) != 0, "its supervisor must see a failure"
 
@@ -149,15 +225,53 @@ def test_a_tokenizer_that_dies_takes_no_stream(demo_gpt_oss: Path) -> None:
                 tokenizer.stop()
 
 
+@pytest.mark.timeout(180)
+def test_a_loader_that_dies_takes_no_stream_and_finds_its_memory_again(demo_gpt_oss: Path) -> None:
+    """Without it executors serve, a newcomer and a new model say what they wait for; then it gets its memory back."""
+    with running(demo_gpt_oss, num_executors=2) as stack, Client(stack.address) as client:
+        quiet = outcome(client.complete(PROMPT, **SEEDED))
+        memory = _sealed_inodes(stack.loader.process.pid)
+        with client.generate(PROMPT, **SEEDED) as generation:
+            for piece_number, _ in enumerate(generation):
+                if piece_number == 20:
+                    stack.loader.kill()
+            assert outcome(generation.result) == quiet
+            assert generation.result.num_resumes == 0
+        for executor in stack.executors:
+            executor.wait_health("mxgpt.loader", serving=False)
+            executor.wait_health("", serving=True)
+
+        newcomer = stack.start_executor()
+        stack.executors.append(newcomer)
+        with grpc.insecure_channel(newcomer.address) as channel:
+            until(lambda: _refusal_of(channel).reason is Reason.LOADER_UNAVAILABLE)
+            assert _refusal_of(channel).status is Status.UNAVAILABLE
+        newcomer.wait_health("mxgpt.loader", serving=False)
+        newcomer.wait_health("", serving=False)
+        with grpc.insecure_channel(stack.loader.address) as channel:
+            load = loader_pb2_grpc.LoaderServiceStub(channel).LoadModel(loader_pb2.LoadModelRequest(path="other.gguf"))
+            assert error_of(load, Reason.LOADER_UNAVAILABLE).status is Status.UNAVAILABLE
+        assert outcome(client.complete(PROMPT, **SEEDED)) == quiet
+
+        stack.loader = stack.start_loader("--listen", stack.loader.address)
+        for executor in stack.executors:
+            executor.wait_health("mxgpt.loader", serving=True)
+            executor.wait_health("", serving=True)
+            assert _sealed_inodes(engine_of(executor)) == memory
+        assert _sealed_inodes(stack.loader.process.pid) == memory, "handed over, not loaded again"
+        with grpc.insecure_channel(stack.loader.address) as channel:
+            stub = loader_pb2_grpc.LoaderServiceStub(channel)
+            assert stub.GetStatus(loader_pb2.GetStatusRequest(), timeout=5).num_leases == 3
+        with Client(newcomer.address) as other:
+            assert outcome(other.complete(PROMPT, **SEEDED)) == quiet
+
+
+def _refusal_of(channel: grpc.Channel) -> ServiceError:
+    return error_of(executor_pb2_grpc.ExecutorServiceStub(channel).Generate(chat("hello"), timeout=5))
+
+
 def _kill(process_id: int) -> None:
     os.kill(process_id, signal.SIGKILL)
-
-
-def _engine_of(executor: Service) -> int:
-    """Process id of an executor's engine: its only child."""
-    pid = executor.process.pid
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
 
 
 def _sealed_inodes(process_id: int) -> set[int]:

@@ -1,8 +1,10 @@
-"""A client that has nothing of mxgpt: a grpcio channel, reflection, and messages built from what it answers."""
+"""Clients that have nothing of mxgpt: messages from what reflection answers, and a resume by hand."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,7 +12,8 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.stack import Stack
+from tests.calls import chat, collect
+from tests.stack import ROOT, Stack, running
 
 SERVICE = "mxgpt.v1.ExecutorService"
 
@@ -76,3 +79,32 @@ def test_status_and_models_by_reflection(channel: grpc.Channel) -> None:
     (model,) = list_models(request_class(), timeout=10).models
     assert model.architecture == "gpt-oss"
     assert len(model.digest) == 64
+
+
+def test_the_page_on_resuming_by_hand_holds(demo_gpt_oss: Path) -> None:
+    """The client that docs/resume.md prints, word for word, over two executors of which one is killed."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "resume.md").read_text(), re.DOTALL)
+    page: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "docs/resume.md", "exec"), page)
+    request = chat(
+        "Write a haiku about the sea.",
+        sampling={"temperature": 1.2, "seed": 5, "n": 2, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+        stopping={"max_tokens": 250, "ignore_eos": True, "stop_strings": ["\n\n\n"]},
+        output={"logprobs": 1},
+    )
+    with running(demo_gpt_oss, num_executors=2) as stack:
+        addresses = stack.address.split(",")
+        quiet = collect(page["generate"](addresses, request))
+        responses = []
+        for response in page["generate"](addresses, request):
+            responses.append(response)
+            if len(responses) == 60:
+                stack.executors[0].kill()
+        whole = collect(responses)
+    assert len(quiet.finished) == 2
+    for index in range(2):
+        assert whole.token_ids(index) == quiet.token_ids(index)
+        assert whole.text(index) == quiet.text(index)
+        assert whole.logprobs(index) == quiet.logprobs(index)
+        assert whole.finished[index].reason == quiet.finished[index].reason
+        assert whole.finished[index].usage.num_output_tokens == quiet.finished[index].usage.num_output_tokens

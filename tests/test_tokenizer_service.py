@@ -266,7 +266,7 @@ def test_a_loader_that_comes_and_goes() -> None:
             assert eventually(info).model == "test"
             assert {info(name).digest for name in ("", "test", "alias", small.digest)} == {small.digest}
             service.wait_healthy()
-            service.wait_healthy("mxgpt.loader")
+            service.wait_health("mxgpt.loader", serving=True)
             assert loader.num_fetches == 1
             # Another file under the same name is fetched; the one before is still known by its digest.
             loader.models = [replace(trained_tokenizer(GPT_2).data(), digest="e" * 64)]

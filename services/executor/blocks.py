@@ -109,6 +109,10 @@ class BlockPool:
         """The block with these contents."""
         return self._by_hash.get(block_hash)
 
+    def spare(self) -> int | None:
+        """A block that nobody holds and that caches nothing; it stays free."""
+        return self._free[-1] if self._free else None
+
     def is_used(self, block: int) -> bool:
         return self._num_users[block] > 0
 
@@ -240,6 +244,13 @@ class BlockManager:
     def tables_of(self, sequence: Sequence) -> dict[str, NDArray[np.int32]]:
         """The tables by group, as they are now and as they will be."""
         return {name: table.ids for name, table in zip(self.group_names, sequence.tables, strict=True)}
+
+    def spare_tables(self) -> dict[str, NDArray[np.int32]] | None:
+        """Tables (1,) of a block in each group that nobody holds and that caches nothing; None where there is none."""
+        spare = {pool.name: pool.spare() for pool in self._pools}
+        if None in spare.values():
+            return None
+        return {name: np.array([block], np.int32) for name, block in spare.items()}
 
     def usage(self) -> tuple[BlockUsage, ...]:
         return tuple(pool.usage() for pool in self._pools)

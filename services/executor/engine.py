@@ -19,7 +19,7 @@ from services.executor.admission import check_queue, check_request, max_tokens
 from services.executor.blocks import BlockManager, BlockUsage
 from services.executor.engine_config import EngineConfig
 from services.executor.outcome import Outcome, read_result
-from services.executor.plan import Plan
+from services.executor.plan import Plan, Share, probe
 from services.executor.request import (
     Event,
     FinishReason,
@@ -83,6 +83,8 @@ class Engine:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._is_doubtful = False  # a step broke: the runner is to be checked
+        self.is_broken = False  # it does not run a single token any more: deliver the events, then end
 
     @property
     def has_work(self) -> bool:
@@ -142,6 +144,8 @@ class Engine:
             events += self._launch(plan, step_time)
         if self._in_flight and (plan is None or len(self._in_flight) >= self._runner.depth):
             events += self._collect()
+        if self._is_doubtful:
+            events += self._check_runner()
         return events
 
     def status(self) -> EngineStatus:
@@ -201,8 +205,10 @@ class Engine:
             self._runner.launch(plan.batch, plan.draws)
         except DeviceLostError:
             raise
+        except MemoryError:  # the others' shares are launched again
+            return self._fail_step([max(plan.shares, key=_num_tokens)], Reason.KV_EXHAUSTED)
         except Exception:
-            return self._fail_step(plan)
+            return self._fail_step(plan.shares)
         self._scheduler.launch(plan)
         self._in_flight.append((plan, step_time))
         return []
@@ -216,7 +222,7 @@ class Engine:
         except DeviceLostError:
             raise
         except Exception:
-            return self._fail_step(plan)
+            return self._fail_step(plan.shares)
         self._num_steps += 1
         events = self._fail_unsound(outcomes)
         now = self._clock()
@@ -291,14 +297,32 @@ class Engine:
             self._ended.remove(active)
         del self._requests[active.request.request_id]
 
-    def _fail_step(self, plan: Plan) -> list[Event]:
-        """Fail every request of a step that broke."""
+    def _fail_step(self, shares: list[Share], reason: Reason = Reason.INTERNAL) -> list[Event]:
+        """Fail the requests of a step that broke, or those of its shares that it broke for."""
+        self._is_doubtful = True
         reference = uuid.uuid4().hex[:12]
         log.exception("a step failed, reference %s", reference)
-        error = f"the model failed in the step that this request was in, reference {reference}"
-        actives = [share.sequence.active for share in plan.shares]
+        what = "the model failed" if reason is Reason.INTERNAL else "memory ran out"
+        actives = [share.sequence.active for share in shares]
         running = [active for active in actives if self._requests.get(active.request.request_id) is active]
-        return self._fail(running, error, reference)
+        return self._fail(running, f"{what} in a step of this request, reference {reference}", reference, reason)
+
+    def _check_runner(self) -> list[Event]:
+        """After a step that broke: see whether a single token still runs, on blocks that hold nothing."""
+        events: list[Event] = []
+        while self._in_flight:
+            events += self._collect()
+        self._is_doubtful = False
+        tables = self._blocks.spare_tables()  # the requests that failed have left some, unless they were gone already
+        if tables is not None:
+            plan = probe(tables)
+            try:
+                self._runner.launch(plan.batch, plan.draws)
+                self._runner.collect()
+            except Exception:
+                log.exception("not even a single token runs any more; giving up")
+                self.is_broken = True
+        return events
 
     def _fail_unsound(self, outcomes: list[Outcome]) -> list[Event]:
         """Fail the requests whose logits can't be drawn from."""
@@ -311,13 +335,19 @@ class Engine:
         log.error("logits of requests %s are not finite, reference %s", ids, reference)
         return self._fail(actives, f"the model's logits are not finite, reference {reference}", reference)
 
-    def _fail(self, actives: list[ActiveRequest], message: str, reference: str) -> list[Event]:
+    def _fail(
+        self, actives: list[ActiveRequest], message: str, reference: str, reason: Reason = Reason.INTERNAL
+    ) -> list[Event]:
         events: list[Event] = []
         for active in dict.fromkeys(actives):
             self._drop(active, is_sound=False)
-            error = ServiceError(Reason.INTERNAL, message, metadata={"reference": reference})
+            error = ServiceError(reason, message, metadata={"reference": reference})
             events.append(RequestFailed(active.request.request_id, error))
         return events
+
+
+def _num_tokens(share: Share) -> int:
+    return share.num_tokens
 
 
 def _finished(sequence: Sequence, ending: tuple[FinishReason, int | None], now: float) -> OutputFinished:

@@ -74,6 +74,8 @@ def _run(connection: EngineSocket, engine: Engine) -> None:
         events = engine.step()
         if events:
             connection.send(Events(events))
+        if engine.is_broken:
+            raise SystemExit(1)  # the server process ends too, and their supervisor starts both anew
 
 
 def _obey(connection: EngineSocket, engine: Engine, command: Command) -> None:

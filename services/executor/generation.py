@@ -2,8 +2,8 @@
 
 Data flow: engine event -> `on_event` -> text pipe (or straight through, where no text is wanted) ->
 `_release` -> pending responses -> `responses()`. All of it runs on the event loop of the server process.
-Whatever gathers while the client is slow to read, or before the stream's next message is due, goes out in one
-Delta, so what is pending is bounded by the tokens that the outputs may have.
+Whatever gathers while the client is slow to read, or before the stream's next message is due, goes out in one Delta
+an output, and a client that lags too far behind is given up: what is pending is bounded by `MAX_UNREAD`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from shared.errors import Reason, ServiceError
 NUM_PROMPT_LOGPROBS_PER_MESSAGE = 512
 # Of all streams together: a message costs the server's one core 60 to 80 us, however many tokens it carries.
 DELTAS_PER_SECOND = 6000
+MAX_UNREAD = 1 << 18  # ids and log-probabilities that wait for a client to read them: some 20 MB, a Delta 4 MB
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Form:
     def needs_text(self) -> bool:
         """Whether a tokenizer must see the ids."""
         return self.text or bool(self.stop_strings) or self.harmony
+
+
+@dataclass
+class _Pending:
+    """A message that waits for the client to read what came before it."""
+
+    response: Any  # GenerateResponse
+    num_entries: int = 0  # ids and log-probabilities of a Delta, ids that are not sent included
 
 
 @dataclass
@@ -117,7 +126,9 @@ class Generation:
         self._arrival = time.monotonic()
         self._queue_seconds = 0.0
         self._num_cached_tokens = 0
-        self._pending: deque[Any] = deque()  # GenerateResponse
+        self._pending: deque[_Pending] = deque()
+        self._growing: dict[int, _Pending] = {}  # by output, the Delta that takes what comes next
+        self._num_unread = 0  # entries of all that is pending
         self._error: ServiceError | None = None
         self._wake = asyncio.Event()
         self._started = False
@@ -144,16 +155,18 @@ class Generation:
                     self._started = True
                     yield self._started_response()
                 self._last_delta_time = time.monotonic()
-                yield self._pending.popleft()
-            if self._error is not None:
-                raise self._error
+                yield self._next_response()
             if all(output.finished for output in self._outputs.values()):
                 if not self._started:
                     yield self._started_response()
                 return
+            if self._error is not None:
+                raise self._error
 
     def on_event(self, event: Event) -> None:
-        """Take one event of the engine."""
+        """Take one event of the engine; none counts after an error."""
+        if self._error is not None:
+            return
         if isinstance(event, TokenDrawn):
             self._on_token(event)
         elif isinstance(event, OutputFinished):
@@ -172,6 +185,14 @@ class Generation:
             self._error = error
             self._wake.set()
 
+    def _next_response(self) -> Any:
+        """The oldest message that is pending; nothing is added to it any more."""
+        pending = self._pending.popleft()
+        self._num_unread -= pending.num_entries
+        if pending.response.WhichOneof("event") == "delta" and self._growing[pending.response.delta.index] is pending:
+            del self._growing[pending.response.delta.index]
+        return pending.response
+
     def nothing_to_run(self) -> bool:
         """Every output had finished before; the stream is a Started alone."""
         if self._outputs:
@@ -180,12 +201,15 @@ class Generation:
         return True
 
     def close(self) -> None:
-        """Let go of the text pipe."""
+        """Let go of the text pipe, and of all that was not read."""
         if self._due is not None:
             self._due.cancel()
         for output in self._outputs.values():
             if output.sequence_id is not None:
                 self._pipe.close(output.sequence_id)
+        self._pending.clear()
+        self._growing.clear()
+        self._error = None  # its traceback leads back here: the collector would find the circle only much later
 
     def _open_texts(self) -> None:
         options = TextOptions(
@@ -231,9 +255,11 @@ class Generation:
         for first in range(0, len(event.logprobs), NUM_PROMPT_LOGPROBS_PER_MESSAGE):
             piece = event.logprobs[first : first + NUM_PROMPT_LOGPROBS_PER_MESSAGE]
             message = executor_pb2.PromptLogprobs(start=event.start + first, logprobs=map(_logprobs_proto, piece))
-            self._pending.append(executor_pb2.GenerateResponse(prompt_logprobs=message))
+            self._pending.append(_Pending(executor_pb2.GenerateResponse(prompt_logprobs=message)))
 
     def _on_text(self, output: _Output, text: Any) -> None:
+        if self._error is not None:
+            return
         for segment in text.segments:
             self._release(output, segment.num_token_ids, segment.text, segment.channel, segment.recipient)
         if text.stopped:
@@ -250,12 +276,18 @@ class Generation:
         output.num_released += num_token_ids
         if released:
             output.last_token_id = released[-1][0]
-        delta = self._delta_to_extend(output.index, channel, recipient)
+        pending = self._delta_to_extend(output.index, channel, recipient)
+        delta = pending.response.delta
         if self._form.text:
             delta.text += text
         if self._form.token_ids:
             delta.token_ids.extend(token_id for token_id, _ in released)
         delta.logprobs.extend(_logprobs_proto(logprobs) for _, logprobs in released if logprobs is not None)
+        num_entries = sum(1 if logprobs is None else 2 + len(logprobs.top) for _, logprobs in released)
+        pending.num_entries += num_entries
+        self._num_unread += num_entries
+        if self._num_unread > MAX_UNREAD:
+            self._give_up_client()
         self._wake_when_due()
 
     def _wake_when_due(self) -> None:
@@ -272,17 +304,23 @@ class Generation:
         self._due = None
         self._wake.set()
 
-    def _delta_to_extend(self, index: int, channel: str, recipient: str) -> Any:
-        if self._pending:
-            last = self._pending[-1]
-            if last.WhichOneof("event") == "delta":
-                delta = last.delta
-                if (delta.index, delta.channel, delta.recipient) == (index, channel, recipient):
-                    return delta
+    def _delta_to_extend(self, index: int, channel: str, recipient: str) -> _Pending:
+        pending = self._growing.get(index)
+        if pending is not None:
+            delta = pending.response.delta
+            if (delta.channel, delta.recipient) == (channel, recipient):
+                return pending
         delta = executor_pb2.Delta(index=index, channel=channel, recipient=recipient)
-        response = executor_pb2.GenerateResponse(delta=delta)
-        self._pending.append(response)
-        return response.delta
+        pending = self._growing[index] = _Pending(executor_pb2.GenerateResponse(delta=delta))
+        self._pending.append(pending)
+        return pending
+
+    def _give_up_client(self) -> None:
+        """End the stream of a client that lags too far behind; the engine need not wait until that is told."""
+        if self._error is None:
+            self.fail(ServiceError(Reason.CLIENT_STALLED, f"the client lags {MAX_UNREAD} ids and logprobs behind"))
+            for index in self._outputs:
+                self._cancel_output(index)
 
     def _finish(self, output: _Output, matched_stop: str | None) -> None:
         output.finished = True
@@ -299,7 +337,7 @@ class Generation:
             timings=self._timings(output),
         )
         self._on_finished(finished, output.num_resumed)
-        self._pending.append(executor_pb2.GenerateResponse(finished=finished))
+        self._pending.append(_Pending(executor_pb2.GenerateResponse(finished=finished)))
         self._wake.set()
 
     def _finish_reason(self, output: _Output, matched_stop: str | None) -> tuple[executor_pb2.FinishReason, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 import click
+import grpc
 from prometheus_client import ProcessCollector
 from prometheus_client.core import Metric
 
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = 50051
 TOKENIZER_HEALTH = "mxgpt.tokenizer"  # health names of an executor's peers
 LOADER_HEALTH = "mxgpt.loader"
+STATE_SECONDS = 5.0  # at most between two looks at the tokenizer's channel
 
 
 class Executor:
@@ -66,6 +69,8 @@ class Executor:
 
     async def _run(self) -> int:
         address = await self._server.start()
+        for peer in (LOADER_HEALTH, TOKENIZER_HEALTH):
+            await self._server.set_health(peer, False)
         log.info("listening on %s", address)
         print(f"executor listening on {address}", flush=True)
         self._tasks.append(asyncio.create_task(self._bring_up()))
@@ -123,6 +128,7 @@ class Executor:
             except ServiceError as error:
                 if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
                     raise
+                self._servicer.wait_for_loader(error)
                 if error.message != last_message:
                     log.info("waiting for the loader: %s", error.message)
                     last_message = error.message
@@ -147,7 +153,7 @@ class Executor:
             self._loader.changed.clear()
 
     async def _watch_tokenizer(self, tokenizer: TokenizerClient) -> None:
-        """Become healthy once a tokenizer has described the model's vocabulary."""
+        """Become healthy once a tokenizer has described the model's vocabulary; then tell whether any is there."""
         last_message = ""
         while True:
             try:
@@ -158,8 +164,12 @@ class Executor:
                     log.info("waiting for the tokenizer: %s", error.message)
                     last_message = error.message
                 await asyncio.sleep(0.2)
-        await self._server.set_health(TOKENIZER_HEALTH, True)
         await self._server.set_health(OVERALL, True)
+        while True:
+            state = self._tokenizer_channel.get_state(try_to_connect=True)
+            await self._server.set_health(TOKENIZER_HEALTH, state is grpc.ChannelConnectivity.READY)
+            with contextlib.suppress(TimeoutError):  # then look again: other certificates open another channel
+                await asyncio.wait_for(self._tokenizer_channel.wait_for_state_change(state), STATE_SECONDS)
 
     async def _report_failure(self, bring_up: asyncio.Task[None]) -> None:
         await self._server.set_health(OVERALL, False)

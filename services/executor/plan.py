@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +70,16 @@ def lay_out(chosen: Iterable[tuple[Sequence, int]]) -> Plan:
         shares.append(Share(sequence, count, draws, first_scored, num_scored, first_wanted, num_wanted))
     batch = StepBatch(_ints(token_ids), _ints(positions), slices, _ints(logits_rows))
     return Plan(shares, batch, _draws(drawing, draw_rows, wanted))
+
+
+def probe(block_tables: Mapping[str, NDArray[np.int32]]) -> Plan:
+    """A step of one token that nobody has asked for, whose logits are wanted: it shows whether a runner runs.
+
+    Args:
+        block_tables: of each group a table (1,) of a block that holds nothing.
+    """
+    zero = np.zeros(1, np.int32)
+    return Plan([], StepBatch(zero, zero, [SequenceSlice(0, 1, 1, block_tables)], zero), _draws([], [], [0]))
 
 
 def _draws(drawing: list[Sequence], rows: list[int], wanted: list[int]) -> Draws:

@@ -22,14 +22,14 @@ from services.executor.text_pipe import TextPipe
 from services.executor.tokenizer_client import TokenizerClient, Vocabulary
 from services.executor.validation import Limits
 from shared.calls import Calls, current_call
-from shared.errors import Reason, ServiceError
+from shared.errors import Reason, ServiceError, Status
 from shared.manifest import Manifest
 from shared.server import Server, servicer_method
 from shared.tracing import Span
 
 
 class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
-    """Serves one model once `serve_model` has been called; until then calls are answered STARTING."""
+    """Serves one model once `serve_model` has been called; until then calls are answered with why there is none."""
 
     def __init__(self, server: Server, calls: Calls, metrics: ExecutorMetrics, config: ExecutorConfig) -> None:
         self.calls = calls
@@ -41,7 +41,13 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         self._write_stall_seconds = config.write_stall_seconds
         self._log_content = config.telemetry.log_content
         self._engine_ids = itertools.count()
+        self._num_calls = 0  # of Generate, those that are still being prepared included
         self._model: _Model | None = None
+        self._lack = (Reason.STARTING, "it has not attached to the loader")
+
+    def wait_for_loader(self, error: ServiceError) -> None:
+        """Tell callers what keeps this executor from attaching to its model."""
+        self._lack = (error.reason if error.status is Status.UNAVAILABLE else Reason.STARTING, error.message)
 
     def serve_model(
         self,
@@ -64,33 +70,25 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
         self._model.pipe.flush()
 
     async def drained(self) -> None:
-        """Return when no call is running."""
-        while self.generations:
-            await asyncio.sleep(0.02)
+        """Return when no call is running; cancelled, because the grace is over, end those that are with DRAINING."""
+        try:
+            while self._num_calls:
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            self.generations.fail_all(_draining())
+            raise
 
     @servicer_method
     async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> None:
         model = self._model_for(request.model)
         validation.check_frame(request, model.limits)
         if self._server.draining.is_set():
-            raise ServiceError(Reason.DRAINING, "this executor is stopping; another one can serve the request")
-        generation = await self._prepare(model, request, self._server.caller(context))
-        content_log = ContentLog(generation, request) if self._log_content else None
+            raise _draining()
+        self._num_calls += 1
         try:
-            self.generations.add(generation, takes_over=request.HasField("resume"))
-            if not generation.nothing_to_run():
-                model.engine.submit(generation.request)
-            async for response in generation.responses():
-                await self._write(context, response)
-                if content_log is not None:
-                    content_log.add(response)
+            await self._generate(model, request, context)
         finally:
-            if content_log is not None:
-                content_log.close()
-            self.generations.remove(generation)
-            generation.close()
-            if not model.engine.gone.is_set():
-                model.engine.cancel(generation.request.request_id)
+            self._num_calls -= 1
 
     @servicer_method
     async def Cancel(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -136,10 +134,31 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             draining=self._server.draining.is_set(),
         )
 
+    async def _generate(self, model: _Model, request: Any, context: grpc.aio.ServicerContext) -> None:
+        """Stream what the engine makes of a request; whatever ends it, the engine is rid of it afterwards."""
+        generation = await self._prepare(model, request, self._server.caller(context))
+        content_log = ContentLog(generation, request) if self._log_content else None
+        try:
+            self.generations.add(generation, takes_over=request.HasField("resume"))
+            if not generation.nothing_to_run():
+                model.engine.submit(generation.request)
+            async for response in generation.responses():
+                await self._write(context, response)
+                if content_log is not None:
+                    content_log.add(response)
+        finally:
+            if content_log is not None:
+                content_log.close()
+            self.generations.remove(generation)
+            generation.close()
+            if not model.engine.gone.is_set():
+                model.engine.cancel(generation.request.request_id)
+
     def _model_for(self, name: str) -> _Model:
         model = self._model
         if model is None:
-            raise ServiceError(Reason.STARTING, "the executor has not attached to its model yet", retry_after=1.0)
+            reason, why = self._lack
+            raise ServiceError(reason, f"this executor has no model yet: {why}", retry_after=1.0)
         if name and name not in model.names:
             raise ServiceError(
                 Reason.MODEL_NOT_FOUND,
@@ -256,6 +275,10 @@ class _Model:
             context_length=self.limits.context_length,
             vocab_size=self.limits.vocab_size,
         )
+
+
+def _draining() -> ServiceError:
+    return ServiceError(Reason.DRAINING, "this executor is stopping; another one can serve the request")
 
 
 def _optional(message: Any, name: str) -> int | None:

@@ -1,0 +1,31 @@
+"""Plants faults into the engine processes of a test: Python imports this where its folder is on PYTHONPATH.
+
+MXGPT_FAULT says what befalls the numpy runner: "raise", an error in each step that a token with the id MXGPT_FAULT_ID
+is part of; "break", the same, and in every step from then on; "memory", a MemoryError in each step with more than 64
+tokens of one sequence.
+"""
+
+import os
+import sys
+
+
+def plant(fault: str, token_id: int) -> None:
+    from services.executor.runner import NumpyRunner
+
+    forward, is_broken = NumpyRunner.forward, False
+
+    def faulty(self, batch):
+        nonlocal is_broken
+        if fault == "memory":
+            if max(part.num_tokens for part in batch.sequences) > 64:
+                raise MemoryError("planted by a test")
+        elif is_broken or token_id in batch.token_ids:
+            is_broken = fault == "break"
+            raise RuntimeError("planted by a test")
+        return forward(self, batch)
+
+    NumpyRunner.forward = faulty
+
+
+if "services.executor.engine_process" in sys.orig_argv:
+    plant(os.environ["MXGPT_FAULT"], int(os.environ.get("MXGPT_FAULT_ID", "-1")))
