@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -104,6 +104,17 @@ def times_of(engine: Engine, num_streams: int, sampling: Sampling) -> Iterator[t
 
 
 def run_on_gpu(num_layers: int) -> None:
+    print(f"{num_layers} layers, contexts of {NUM_PROMPT_TOKENS} to {NUM_PROMPT_TOKENS + NUM_TOKENS}")
+    print(" streams sampling          us a step   tok/s  bare graph us  share")
+    for num_streams, name, seconds, bare in measure_on_gpu(num_layers, STREAMS, SAMPLINGS):
+        rate, share = num_streams / seconds, bare / seconds
+        print(f"{num_streams:8} {name:16}{seconds * 1e6:11.0f}{rate:8.0f}{bare * 1e6:15.0f}{share:7.1%}", flush=True)
+
+
+def measure_on_gpu(
+    num_layers: int, streams: Sequence[int], samplings: Mapping[str, Sampling]
+) -> Iterator[tuple[int, str, float, float]]:
+    """Streams, sampling, seconds of a step of the engine and of its bare graph, over gpt-oss-20b's shape."""
     from dataclasses import replace
 
     from benchmarks import bench_cuda
@@ -118,18 +129,11 @@ def run_on_gpu(num_layers: int) -> None:
         weights = CudaWeights(config, planned.tensors, bench_cuda.fill_randomly(device, planned))
         num_blocks = {FULL: NUM_BLOCKS, WINDOW: NUM_BLOCKS}
         runner = CudaRunner(device, weights, BLOCK_SIZE, num_blocks, 2048, max_sequences=256)
-        print(
-            f"{device.name}, {num_layers} layers, contexts of {NUM_PROMPT_TOKENS} to {NUM_PROMPT_TOKENS + NUM_TOKENS}"
-        )
-        print(" streams sampling          us a step   tok/s  bare graph us  share")
-        for num_streams in STREAMS:
+        for num_streams in streams:
             batch = bench_cuda.decode_batch(config, num_streams, NUM_PROMPT_TOKENS + NUM_TOKENS)
-            bare = bench_cuda.time_decode(device, runner, batch)
-            for name, sampling in SAMPLINGS.items():
-                seconds = seconds_of_a_step(make_engine(runner), num_streams, sampling)
-                rate = num_streams / seconds
-                share = bare / (seconds * 1e6)
-                print(f"{num_streams:8} {name:16}{seconds * 1e6:11.0f}{rate:8.0f}{bare:15.0f}{share:7.1%}", flush=True)
+            bare = bench_cuda.time_decode(device, runner, batch) / 1e6
+            for name, sampling in samplings.items():
+                yield num_streams, name, seconds_of_a_step(make_engine(runner), num_streams, sampling), bare
         runner.close()
     finally:
         device.close()
