@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
+import gguf
 import numpy as np
 import pytest
 
@@ -29,7 +30,16 @@ from shared.gpt_config import GPTConfig
 from shared.manifest import Allocation
 from tests.cuda_device import open_device
 from tests.loader_harness import tokenizer_metadata
-from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS, WIDE_GPT2, WIDE_GPT_OSS, write_model
+from tests.tiny_models import (
+    TINY_GPT2,
+    TINY_GPT_OSS,
+    WIDE_GPT2,
+    WIDE_GPT_OSS,
+    add_value,
+    model_metadata,
+    random_tensor,
+    write_model,
+)
 from tests.weights import random_blocks
 
 # Some pieces long, so that bytes come out of order and tensors lie across pieces.
@@ -57,6 +67,21 @@ def test_odd_sizes(tmp_path: Path, memory: CudaMemory, config: GPTConfig, type: 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.Q8_0, GGMLType.MXFP4], ids=lambda type: type.name)
 def test_files_of_many_pieces(tmp_path: Path, memory: CudaMemory, type: GGMLType) -> None:
     check_load(tmp_path, memory, LARGE, lambda name: type if is_tiled(name) else GGMLType.F32)
+
+
+def test_shards(tmp_path: Path, memory: CudaMemory) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", LARGE.architecture, split_max_tensors=20)
+    for key, value in (model_metadata(LARGE) | tokenizer_metadata(LARGE.vocab_size)).items():
+        add_value(writer, key, value)
+    for name, shape in LARGE.expected_tensors().items():
+        writer.add_tensor(name, random_tensor(np.random.default_rng(0), name, shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, *others = sorted(tmp_path.glob("*.gguf"))
+    assert len(others) >= 2
+    check_file(first, memory, LARGE)
 
 
 def test_gate_and_up_of_different_families(tmp_path: Path, memory: CudaMemory) -> None:
@@ -169,7 +194,10 @@ def test_who_writes_through_the_mapping_faults_alone(memory: CudaMemory) -> None
 
 def check_load(tmp_path: Path, memory: CudaMemory, config: GPTConfig, type_of: Callable[[str], GGMLType]) -> None:
     """Random blocks, compared with what the host's `fill` makes of them, bit for bit, and with SHA-256 of hashlib."""
-    path = write(tmp_path, config, type_of)
+    check_file(write(tmp_path, config, type_of), memory, config)
+
+
+def check_file(path: Path, memory: CudaMemory, config: GPTConfig) -> None:
     file = read_gguf(path)
     planned = plan(file, config)
     device = CudaDevice(0)
