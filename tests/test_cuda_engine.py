@@ -91,9 +91,3 @@ def test_sixteen_streams_twice(runner):
     first, again = (run(make_engine(runner, **bounds), *requests) for _ in range(2))
     assert all(transcript.error is None for transcript in first.values())
     assert {id_: one.outputs for id_, one in first.items()} == {id_: one.outputs for id_, one in again.items()}
-    num_alike = sum(
-        run(make_engine(runner), request)[request.request_id].outputs == first[request.request_id].outputs
-        for request in requests
-    )
-    print(f"{num_alike} of {len(requests)} are as alone")
-    assert num_alike >= len(requests) // 2  # rounding differs between batches; a first token that differs, rarely

@@ -34,7 +34,7 @@ from shared.errors import Reason, ServiceError
 
 NUM_PROMPT_LOGPROBS_PER_MESSAGE = 512
 # Of all streams together: a message costs the server's one core 60 to 80 us, however many tokens it carries.
-DELTAS_PER_SECOND = 6000
+DELTAS_PER_SECOND = 5000
 MAX_UNREAD = 1 << 18  # ids and log-probabilities that wait for a client to read them: some 20 MB, a Delta 4 MB
 
 
