@@ -29,6 +29,7 @@ FIRST_TOKEN_PROMPT = 1024
 NUM_FIRST_TOKENS = 9
 STREAMS_OF_A_CLIENT = 32
 STREAMS = (1, 64, 256)
+NUM_SERVED_TOKENS = 2 * NUM_TOKENS  # of a stream: all run together for a while, however long their prompts take
 MAX_ID = 190_000  # of random prompts: below the special tokens
 EXECUTOR_OPTIONS = ("--max-running", "256", "--kv-memory-mib", "8192")
 
@@ -95,6 +96,7 @@ def measure_rate(pool: multiprocessing.pool.Pool, address: str, num_streams: int
         for stream in own
     ]
     begin, end = max(stream[0][0] for stream in streams), min(stream[-1][0] for stream in streams)
+    assert begin < end, "the first stream had ended before the last one began"
     num_tokens = sum(count for stream in streams for when, count in stream if begin < when <= end)
     return num_tokens / (end - begin)
 
@@ -105,7 +107,7 @@ def run_streams(address: str, count: int, seed: int) -> list[Arrivals]:
     async def one(client: AsyncClient, number: int) -> Arrivals:
         arrivals: Arrivals = []
         prompt = random_prompt(seed + number, NUM_PROMPT_TOKENS)
-        async with client.generate(prompt, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True) as stream:
+        async with client.generate(prompt, temperature=0.0, max_tokens=NUM_SERVED_TOKENS, ignore_eos=True) as stream:
             async for piece in stream:
                 arrivals.append((time.monotonic(), len(piece.token_ids)))
         return arrivals

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import grpc
 
@@ -48,6 +50,11 @@ class MxgptError(Exception):
         self.field = field
         self.retry_after = retry_after
         self.metadata = dict(metadata or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it passes to another process: as what it was made of."""
+        more: dict[str, Any] = {"field": self.field, "retry_after": self.retry_after, "metadata": self.metadata}
+        return partial(MxgptError, self.status, self.reason, self.message, **more), ()
 
     def __repr__(self) -> str:
         return f"MxgptError({self.status.name}, {self.reason!r}, {self.message!r})"

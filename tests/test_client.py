@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import pickle
 import signal
 import subprocess
 import sys
@@ -306,3 +307,11 @@ def test_many_threads_share_a_client(executor):
         for thread in threads:
             thread.join()
     assert results == [whole_text(0, NUM_TOKENS)] * 8
+
+
+def test_an_error_passes_to_another_process_whole():
+    error = MxgptError(
+        grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", "no such model.", retry_after=1.5, metadata={"a": "b"}
+    )
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error))
