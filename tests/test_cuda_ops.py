@@ -358,14 +358,18 @@ class AttentionCheck:
         *((count, "normed") for count in (1, 2, 8)),
         *((count, "") for count in (1, 7, 16, 31, 60, 65, 200, 700)),
         *((count, "spread") for count in (65, 200, 700)),
+        *((count, "alike") for count in (65, 200)),
     ],
 )
 def test_experts(device, num_rows, kind, type):
-    """Norm, router, choice, order, products, activation and sum, from rows of half to the residual."""
+    """Norm, router, choice, order, products, activation and sum, from rows of half to the residual.
+
+    Alike: all rows go to the same experts, so that most groups, and all that some blocks of a product see, are empty.
+    """
     from services.executor.cuda.ops import Floats
 
-    is_normed = kind == "normed"
-    if kind == "spread":
+    is_normed, is_spread = kind == "normed", kind in ("spread", "alike")
+    if is_spread:
         skip_unless_hopper(device)
     wide = type == GGMLType.Q6_K
     config = replace(
@@ -377,11 +381,12 @@ def test_experts(device, num_rows, kind, type):
     def values(*shape):
         return (random.standard_normal(shape) * 1.5 / np.sqrt(shape[-1])).astype(np.float32)
 
+    favourites = np.where(np.arange(experts) < used, 50 if kind == "alike" else 0, 0).astype(np.float32)
     weights, held = make_weights(
         device,
         [
             [("blk.0.ffn_gate_inp.weight", values(experts, hidden), GGMLType.F32)],
-            [("blk.0.ffn_gate_inp.bias", values(experts), GGMLType.F32)],
+            [("blk.0.ffn_gate_inp.bias", values(experts) + favourites, GGMLType.F32)],
             [
                 ("blk.0.ffn_gate_exps.weight", values(experts, ffn, hidden), type),
                 ("blk.0.ffn_up_exps.weight", values(experts, ffn, hidden), type),
@@ -396,7 +401,7 @@ def test_experts(device, num_rows, kind, type):
     held = {name.split(".", 2)[2]: array.astype(np.float64) for name, array in held.items()}
     load(device, config, weights.families)
     ops = make_ops(device, config, 700)
-    x, exact = halves(device, random.standard_normal((num_rows, hidden)) * 2, kind == "spread")
+    x, exact = halves(device, random.standard_normal((num_rows, hidden)) * 2, is_spread)
     if is_normed:
         x, exact = normed_rows(device, random, num_rows, hidden)
     residual = random.standard_normal((num_rows + 1, hidden)).astype(np.float32)

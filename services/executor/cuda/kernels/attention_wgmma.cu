@@ -41,16 +41,27 @@ struct Seen {
 // 16 bytes `piece` of row `row` of an operand, whose rows are 128 bytes.
 __device__ __forceinline__ uint32_t place_of(int row, int piece) { return row * 128 + (piece ^ row % 8) * 16; }
 
+// The blocks of the cache that hold a tile's chunks. Past the last chunk it comes again; no row sees it there.
+__device__ __forceinline__ void find_blocks(const int* table, const Seen& seen, int tile, int chunks_per_block,
+                                            int (&blocks)[CHUNKS]) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++)
+        blocks[i] = table[min(seen.first_chunk + tile * CHUNKS + i, seen.end_chunk - 1) / chunks_per_block];
+}
+
 __device__ __forceinline__ void copy_tiles(const __half* keys, const __half* values, const int* table, const Seen& seen,
                                            int num_kv_heads, int kv_head, int block_size, Ring ring) {
+    const int chunks_per_block = block_size / CHUNK;
+    int blocks[CHUNKS], next[CHUNKS];
+    find_blocks(table, seen, 0, chunks_per_block, blocks);
     for (int tile = 0; tile < seen.num_tiles(); tile++) {
+        find_blocks(table, seen, tile + 1, chunks_per_block, next);
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-#pragma unroll 1
+#pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            // Past the last chunk it comes again; no row sees it there.
-            const int position = min(seen.first_chunk + tile * CHUNKS + i, seen.end_chunk - 1) * CHUNK;
-            const int offset = position % block_size;
-            const size_t block = static_cast<size_t>(table[position / block_size]) * num_kv_heads + kv_head;
+            const int chunk = min(seen.first_chunk + tile * CHUNKS + i, seen.end_chunk - 1);
+            const int offset = chunk % chunks_per_block * CHUNK;
+            const size_t block = static_cast<size_t>(blocks[i]) * num_kv_heads + kv_head;
             const __half* own_keys = keys + (block * block_size + offset) * 64;
             const __half* own_values = values + block * block_size * 64 + offset;
 #pragma unroll
@@ -58,11 +69,13 @@ __device__ __forceinline__ void copy_tiles(const __half* keys, const __half* val
                 const int row = i * CHUNK + j / 8, dimension = j / 4, piece = i % 2 * 4 + j % 4;
                 copy_async<16>(ring.keys() + place_of(row, j % 8), own_keys + j * 8);
                 copy_async<16>(ring.values() + i / 2 * PANEL_BYTES + place_of(dimension, piece),
-                           own_values + static_cast<size_t>(dimension) * block_size + j % 4 * 8);
+                               own_values + dimension * block_size + j % 4 * 8);
             }
         }
         arrive_with_copies(ring.full + ring.stage * 8);
         ring.advance();
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) blocks[i] = next[i];
     }
 }
 
@@ -250,11 +263,11 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + NUM_GROUPS), 1) attentio
     const int kv_head = blockIdx.x;
     const Seen seen = {window > 0 ? max(0, item.z - window + 1) / CHUNK : 0, (item.z + item.y - 1) / CHUNK + 1};
     if (threadIdx.x < 128) {
-        leave_registers<56>();
+        leave_registers<40>();
         const int* table = tables + static_cast<size_t>(item.w) * table_pitch;
         copy_tiles(keys, values, table, seen, num_kv_heads, kv_head, block_size, ring);
     } else {
-        take_registers<224>();
+        take_registers<232>();
         attend(queries, sinks, out, item, seen, num_heads, kv_head, num_heads / num_kv_heads, window, out_pitch, ring);
     }
 #else

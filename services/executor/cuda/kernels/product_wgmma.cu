@@ -41,12 +41,7 @@ constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
 constexpr int SCALES_AT = 8 * MAX_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + 8 * MAX_STRIPS * TILE_SCALES;
 constexpr int STAGE_BYTES = MINIMA_AT + 8 * MAX_STRIPS * TILE_MINIMA;  // of weights
 constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
-#ifndef FENCE
-#define FENCE 1
-#endif
-#ifndef LAG
-#define LAG 3
-#endif
+constexpr int LAG = 3;    // stages that one group keeps behind the other
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
@@ -331,7 +326,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     float sums[STRIPS][MAX_ROWS / 2];
     const auto begin_stage = [&] {
         await_barrier(ring.full + ring.stage * 8, ring.phase);
-        if (FENCE) show_to_products();
+        show_to_products();
         const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
@@ -401,10 +396,14 @@ __device__ __forceinline__ void run(const Product& product) {
     }
     take_registers<232>();
     // One group keeps behind the other, and multiplies alone while that one stores its sums.
-    if (threadIdx.x >= NUM_COPIERS + 128 && product.column_tiles > LAG) await_barrier(ring.full + LAG * 8, 0);
+    bool is_ahead = threadIdx.x >= NUM_COPIERS + 128 && product.column_tiles > LAG;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         const Work work = find_work<STRIPS>(product, tile);
-        if (work.count > 0) multiply<STRIPS>(product, work, ring);
+        if (work.count == 0) continue;
+        // A block may have no work at all, and then no stage ever comes.
+        if (is_ahead) await_barrier(ring.full + LAG * 8, 0);
+        is_ahead = false;
+        multiply<STRIPS>(product, work, ring);
     }
 }
 
