@@ -214,8 +214,8 @@ class CudaRunner:
         assert 1 <= len(batch.token_ids) <= self._max_rows
         buffer = self._buffers[self._num_launched % self.depth]
         shape = self.shape_of(batch)
+        self._sampler.take_seats(draws)  # before the rows to draw are made of what is known of seats
         step, rows = self._upload(batch, shape, draws, buffer)
-        self._sampler.take_seats(draws)
         wanted = WantedLogits(self._device, self._workspace.logits, draws.wanted, buffer.logits)
         if self._is_graph(batch):
             self.graph(shape).launch()
