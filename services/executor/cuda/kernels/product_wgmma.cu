@@ -18,7 +18,7 @@
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-constexpr int NUM_COPIERS = 128, NUM_THREADS = 384;
+constexpr int NUM_THREADS = 384;
 
 struct Product {
     Planes planes;
@@ -31,6 +31,7 @@ struct Product {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+constexpr int NUM_COPIERS = 128;  // threads; the others multiply
 constexpr int MAX_ROWS = 128;
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
 constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
