@@ -33,8 +33,6 @@ from benchmarks.processes import Held, held
 from mxgpt.bundled import find_model
 from mxgpt.cli.terminal import note, print_table
 from mxgpt.serve import ServeConfig, Supervisor
-from mxgpt.v1 import loader_pb2, loader_pb2_grpc
-from shared.channel import open_channel
 
 ROUND_SECONDS = 5.0  # over which a round's clients come, and for as long they go on
 STALL_SECONDS = 5.0  # after which the server gives a reader up
@@ -177,8 +175,7 @@ def check_idle(status: Any) -> list[str]:
 
 async def check_leases(supervisor: Supervisor) -> list[str]:
     """Leases beside the executor's own."""
-    async with open_channel(supervisor.loader_address) as channel:
-        status = await loader_pb2_grpc.LoaderServiceStub(channel).GetStatus(loader_pb2.GetStatusRequest())
+    status = await supervisor.loader_status()
     return [] if status.num_leases == 1 else [f"{status.num_leases} leases are held by one executor"]
 
 

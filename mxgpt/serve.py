@@ -123,7 +123,7 @@ class Supervisor:
         self._ready = False
         self._addresses: list[str] = []
         self.tokenizer_address = ""
-        self.loader_address = ""
+        self._loader_address = ""
 
     @property
     def metrics_addresses(self) -> list[str]:
@@ -157,8 +157,8 @@ class Supervisor:
         loader = await self._start_loader()
         loading = asyncio.create_task(self._watch_load(await self._or_end(loader.address())))
         try:
-            self.loader_address = await loader.address()
-            await self._start_others(self.loader_address)
+            self._loader_address = await loader.address()
+            await self._start_others(self._loader_address)
             await self._or_end(loading)
         finally:
             loading.cancel()
@@ -186,6 +186,13 @@ class Supervisor:
         for child in self._children:
             await self._stop(child)
         self._directory.cleanup()
+
+    async def loader_status(self) -> loader_pb2.GetStatusResponse:
+        """What the loader holds, and how many leases on it are held."""
+        async with self._own_channel(self._loader_address) as channel:
+            stub: Any = loader_pb2_grpc.LoaderServiceStub(channel)
+            response: loader_pb2.GetStatusResponse = await stub.GetStatus(loader_pb2.GetStatusRequest())
+            return response
 
     def kill(self) -> None:
         """End everything at once, for those who can't wait."""

@@ -42,6 +42,7 @@ class Engine:
             vocabulary=None,
             pipe=no_pipe,
             cancel_output=self.cancelled.append,
+            on_finished=lambda _finished, _num_resumed: None,
         )
         self.generation.on_event(RequestStarted("7", 0, 0.0))
 
