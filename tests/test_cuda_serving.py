@@ -14,7 +14,7 @@ from mxgpt.evaluate import answer_tasks, demo_tasks
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from tests.cuda_device import open_device
 from tests.stack import Stack, running
-from tests.test_failover import bring_back, kill_the_server_of
+from tests.test_failover import bring_back
 
 PROMPT = [{"role": "user", "content": "Write a haiku about the sea."}]
 NUM_TOKENS = 400
@@ -66,7 +66,9 @@ def test_a_stream_survives_its_executor(pair: Stack) -> None:
         with client.generate(PROMPT, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True) as generation:
             for number, _ in enumerate(generation):
                 if number == 20:
-                    victim = kill_the_server_of(pair, generation.result.executor_id)
+                    process_id = generation.result.executor_id.rsplit("-", 1)[-1]
+                    victim = next(one for one in pair.executors if str(one.process.pid) == process_id)
+                    victim.kill()
             result = generation.result
     assert victim is not None
     assert result.num_resumes >= 1

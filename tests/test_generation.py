@@ -43,6 +43,7 @@ class Engine:
             pipe=no_pipe,
             cancel_output=self.cancelled.append,
             on_finished=lambda _finished, _num_resumed: None,
+            delta_interval=lambda: 0.0,
         )
         self.generation.on_event(RequestStarted("7", 0, 0.0))
 
