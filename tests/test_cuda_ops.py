@@ -32,14 +32,15 @@ def load(device, config, families):
 
 
 def make_ops(device, config, max_rows=256, block_size=32):
-    from services.executor.cuda.ops import CudaOps, Workspace
+    from services.executor.cuda.ops import CudaOps
+    from services.executor.cuda.workspace import Workspace
 
     return CudaOps(device, config, Workspace(device, config, max_rows, max_rows), block_size)
 
 
 def halves(device, values, is_spread=False):
     """Rows of half on the device, padded with zeros, and as float64."""
-    from services.executor.cuda.ops import Halves
+    from services.executor.cuda.arrays import Halves
 
     rows, width = values.shape
     padded = np.zeros((rows, -(-width // 64) * 64), np.float16)
@@ -93,7 +94,7 @@ def product_bound(x, weights, type, is_spread=False):
 )
 @pytest.mark.parametrize("is_spread", [False, True], ids=["", "spread"])
 def test_products(device, type, outputs, inputs, num_rows, is_spread):
-    from services.executor.cuda.ops import Epilogue
+    from services.executor.cuda.arrays import Epilogue
 
     if is_spread:
         skip_unless_hopper(device)
@@ -136,7 +137,7 @@ def test_products(device, type, outputs, inputs, num_rows, is_spread):
 @pytest.mark.parametrize("extreme", [30, 64, 127, 200])
 def test_mxfp4_scales_of_any_size(device, extreme, num_rows, is_spread):
     """Powers of two far from one: nothing is flushed, nothing overflows before it must."""
-    from services.executor.cuda.ops import Epilogue
+    from services.executor.cuda.arrays import Epilogue
 
     if is_spread:
         skip_unless_hopper(device)
@@ -156,7 +157,7 @@ def test_mxfp4_scales_of_any_size(device, extreme, num_rows, is_spread):
 @pytest.mark.parametrize(("num_rows", "is_spread"), [(2, False), (70, False), (70, True), (200, True)])
 def test_mxfp4_blocks_far_smaller_than_their_row(device, num_rows, is_spread):
     """Blocks 2^-20 of the row's largest count in full where x is zero at all others."""
-    from services.executor.cuda.ops import Epilogue
+    from services.executor.cuda.arrays import Epilogue
 
     if is_spread:
         skip_unless_hopper(device)
@@ -194,7 +195,7 @@ def test_embedding_rows(device, type):
 @pytest.mark.parametrize("num_rows", [7, 70])
 @pytest.mark.parametrize("size", [1, 90, 255, 2880])
 def test_norms(device, size, num_rows):
-    from services.executor.cuda.ops import Floats
+    from services.executor.cuda.arrays import Floats
     from services.executor.cuda.weights import Vector
 
     config = replace(TINY_GPT2, hidden_size=size, num_heads=1, num_kv_heads=1, head_size=size)
@@ -276,8 +277,9 @@ class AttentionCheck:
         Args:
             wide: prompts go to attention_prefill.cu.
         """
+        from services.executor.cuda.arrays import Halves
         from services.executor.cuda.kv import Shape, count_items, lay_out, pack
-        from services.executor.cuda.ops import Halves, item_tokens, wide_tokens
+        from services.executor.cuda.ops import item_tokens, wide_tokens
 
         config, device = self.config, self.device
         slices, positions = [], []
@@ -366,7 +368,7 @@ def test_experts(device, num_rows, kind, type):
 
     Alike: all rows go to the same experts, so that most groups, and all that some blocks of a product see, are empty.
     """
-    from services.executor.cuda.ops import Floats
+    from services.executor.cuda.arrays import Floats
 
     is_normed, is_spread = kind == "normed", kind in ("spread", "alike")
     if is_spread:
@@ -447,7 +449,7 @@ def test_experts(device, num_rows, kind, type):
 @pytest.mark.parametrize("num_rows", [1, 2, 8])
 @pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.BF16], ids=lambda t: t.name)
 def test_products_of_rows_that_they_normalise(device, num_rows, type):
-    from services.executor.cuda.ops import Epilogue
+    from services.executor.cuda.arrays import Epilogue
 
     random = np.random.default_rng(num_rows)
     values = (random.standard_normal((333, 1280)) / 30).astype(np.float32)
@@ -466,7 +468,7 @@ def test_products_of_rows_that_they_normalise(device, num_rows, type):
 
 def normed_rows(device, random, num_rows, width):
     """Rows whose RMSNorm is left to what reads them, and what it gives in float64."""
-    from services.executor.cuda.ops import Floats, Normed
+    from services.executor.cuda.arrays import Floats, Normed
     from services.executor.cuda.weights import Vector
 
     values = (random.standard_normal((num_rows, width)) * 9).astype(np.float32)
@@ -477,7 +479,7 @@ def normed_rows(device, random, num_rows, width):
 
 
 def test_rows_are_gathered_and_added(device):
-    from services.executor.cuda.ops import Floats
+    from services.executor.cuda.arrays import Floats
 
     load(device, TINY_GPT2, [])
     ops = make_ops(device, TINY_GPT2)

@@ -14,7 +14,7 @@ from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 from shared.memory import HEAD_MULTIPLE
 
-if TYPE_CHECKING:  # packing is timed and tested where there is no GPU
+if TYPE_CHECKING:  # what needs no GPU is timed and tested where there is none
     from services.executor.cuda.device import Device
 
 BLOCK_MULTIPLE = 32  # positions of a chunk of attention

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from services.executor.cuda.arrays import Epilogue, Product
 from services.executor.cuda.device import Device, Graph
 from services.executor.cuda.kernels import modules_of
 from services.executor.cuda.kv import (
@@ -32,19 +33,12 @@ from services.executor.cuda.kv import (
     pack,
     padded_head_size,
 )
-from services.executor.cuda.ops import (
-    MAX_SPLITS,
-    SMALL_ROWS,
-    CudaOps,
-    Epilogue,
-    Product,
-    Workspace,
-    item_tokens,
-    wide_tokens,
-)
+from services.executor.cuda.ops import MAX_SPLITS, CudaOps, item_tokens, wide_tokens
+from services.executor.cuda.products import SMALL_ROWS
 from services.executor.cuda.readback import HostBuffer, Launched, RowsToDraw, WantedLogits
 from services.executor.cuda.sampling import ROW_SAMPLING, CudaSampler
 from services.executor.cuda.weights import CudaWeights
+from services.executor.cuda.workspace import Workspace
 from services.executor.models import MODELS
 from services.executor.step import FULL, GPU_DEPTH, WINDOW, Draws, KVGroup, StepBatch, StepResult
 from shared.errors import invalid_field

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from services.executor.cuda.device import Device
 from shared.cuda_layout import CUDA_LAYOUT, STRIP_ROWS, TILE_COLUMNS, Family, family_of, fill, plan
 from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.manifest import Plane, Tensor
+
+if TYPE_CHECKING:
+    from services.executor.cuda.device import Device
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@
 // Splits leave (maximum, sum, values) behind; the last one to finish merges them in order, so the result does not depend
 // on which it is. The sink joins once, at the end. Exponentials are of base 2: queries are scaled by log2(e)/sqrt(D),
 // sinks are scaled here.
-// Launch: grid (K, rows, splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in ops.py reckons; -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32).
+// Launch: grid (K, rows, splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in ops.py reckons;
+// -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32).
 // Moves: of each row the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head.
 #include "device.cuh"
 #include "spread.cuh"

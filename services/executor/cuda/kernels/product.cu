@@ -9,7 +9,7 @@
 // RMSNorm on their way to shared memory.
 // Grouped (experts): `groups` lists (expert, first row, rows, 0); the rows of a group are those of one expert.
 // Launch: grid (blocks, groups or 1), at most a block for each strip; 256 threads; shared memory as `few_rows_shared`
-// in ops.py reckons. Groups may be read before the wait if `are_groups_early`.
+// in products.py reckons. Groups may be read before the wait if `are_groups_early`.
 // Moves: the matrix once for each group; each block its rows of x, from the second cache.
 #include "epilogue.cuh"
 #include "weights.cuh"

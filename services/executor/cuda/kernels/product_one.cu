@@ -12,7 +12,7 @@
 // row y takes the y-th best one and row y of out; summed, a block takes all of them, the y-th with row y of x, and out +=
 // sum over them of weight (x @ matrix + bias).
 // Launch: grid (blocks, num_used or 1), at most a block for each strip and at least one for each 128; 32 WARPS threads;
-// shared memory as `one_row_shared` in ops.py reckons. Logits may be read before the wait if `are_logits_early`.
+// shared memory as `one_row_shared` in products.py reckons. Logits may be read before the wait if `are_logits_early`.
 // -D FAMILY, WARPS of a block, DEPTH of a ring in groups.
 // Moves: the matrix, or the parts of its groups, once; each block its row of x, from the second cache.
 #include "choose.cuh"

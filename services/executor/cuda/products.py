@@ -1,0 +1,313 @@
+"""Products on a GPU: which kernel runs one, by its rows and its matrix, and how it is launched.
+
+By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_wgmma.cu on a Hopper,
+product_tiled.cu elsewhere). Experts' rows are in groups of one expert, and the group's rows decide.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from services.executor.cuda.arrays import Epilogue, ExpertSum, Floats, Halves, Normed, Product, Routing
+from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES, wgmma_stages, wgmma_strips
+from services.executor.cuda.tiles import choose_tile
+from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
+from services.executor.cuda.workspace import Workspace
+from shared.cuda_layout import TILE_COLUMNS, Family
+from shared.gpt_config import GPTConfig
+from shared.layout import round_up
+
+if TYPE_CHECKING:
+    from services.executor.cuda.device import Device
+
+FEW_ROWS = 8  # most that product.cu and normed_route take at once
+SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
+MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
+MAX_NORM = 8192  # values of a row that norm_many.cu takes
+HOPPER_GROUPED_ROWS = 128  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
+GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
+TILED_ROWS = 128  # of a block of product_tiled.cu
+MAX_USED = 8  # experts of a row that product_one.cu chooses
+NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
+MAX_STRIPS = 128  # of a block of product_one.cu
+ONE_BLOCKS = 3  # of it on each multiprocessor
+FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
+MANY_STRIP_ROWS = 16  # up to here product_rows.cu is the better one on Hopper even for a matrix of many strips
+WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
+STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
+
+# Bytes that a warp's lanes hold of a tile in a slot of their ring (weights.cuh).
+SLOT_BYTES = {
+    Family.MXFP4: 640,
+    Family.INT8: 1280,
+    Family.AFFINE32: 2048,
+    Family.AFFINE16: 1536,
+    Family.F32: 4096,
+    Family.F16: 2048,
+    Family.BF16: 2048,
+}
+
+
+class Products:
+    """Runs products for steps in one workspace.
+
+    Args:
+        device: with the model's kernels loaded.
+        config: the model's dimensions.
+        workspace: where norms, logits of routers and groups of rows lie.
+    """
+
+    def __init__(self, device: Device, config: GPTConfig, workspace: Workspace) -> None:
+        self._device, self._config, self._workspace = device, config, workspace
+        self._is_hopper = device.capability == (9, 0)  # where product_wgmma.cu takes the products of many rows
+
+    def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
+        """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""
+        if isinstance(rows, Halves):
+            return rows
+        x, weight = rows.x, rows.weight
+        is_wide = x.width % 4 == 0 and x.width <= MAX_NORM
+        normed = Halves(self._workspace.normed, x.num_rows, x.width, is_spread and is_wide and self._is_hopper)
+        if x.num_rows:
+            arguments = (x.address, weight.address, normed.address, x.width, normed.pitch, self._config.norm_epsilon)
+            if normed.is_spread or (x.num_rows > MANY_ROWS and is_wide):
+                self._device.launch("rms_norm_many", (x.num_rows, 1, 1), 256, *arguments, int(normed.is_spread))
+            else:
+                self._device.launch("rms_norm", (x.num_rows, 1, 1), 256, *arguments)
+        return normed
+
+    def run(self, product: Product, address: int, pitch: int, epilogue: Epilogue) -> None:
+        """Run a product; its rows go to `address`, `pitch` values apart, or are added to what is there."""
+        matrix = product.matrix
+        assert isinstance(matrix, Matrix)
+        for part in matrix.parts:
+            size = 4 if epilogue in (Epilogue.STORE, Epilogue.RESIDUAL) else 2
+            bias = product.bias.address + 4 * part.first_output if product.bias is not None else 0
+            self._run_part(product.x, matrix, part, bias, (address + size * part.first_output, pitch), epilogue)
+
+    def run_experts(
+        self,
+        x: Halves,
+        routing: Routing,
+        matrices: ExpertMatrices,
+        biases: tuple[int, ...],
+        row_ids: int,
+        out: tuple[int, int],
+        epilogue: Epilogue,
+    ) -> None:
+        address, pitch = out
+        groups = self._workspace.groups
+        family, strips, num_groups = matrices.family, matrices.num_strips, routing.max_groups
+        planes = (matrices.quants, matrices.scales, matrices.minima, *biases)
+        sizes = (matrices.num_outputs, matrices.num_column_tiles, epilogue, strips)
+        are_groups_early = row_ids == 0  # the product before this one has waited for them
+        most = min(routing.group_rows, routing.x.num_rows)
+        blocks = max(2 * self._device.num_multiprocessors // num_groups, -(-strips // FEW_STRIPS))
+        few = (min(strips, blocks), num_groups)
+        if most <= FEW_ROWS and self._takes_few(family, most, matrices):
+            self._run_few(family, few, planes, x, out, (most, *sizes), (row_ids, groups, are_groups_early))
+            return
+        addresses = (*planes, x.address, address, row_ids, groups)
+        numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
+        if x.is_spread:
+            self._launch_wgmma(family, strips, 0, addresses, numbers, num_groups)
+        elif routing.group_rows == TILED_ROWS:
+            grid = (-(-strips // NUM_WARPS), num_groups, 1)
+            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
+        else:
+            self._run_rows(family, _row_tiles(routing.group_rows), num_groups, addresses, numbers, are_groups_early)
+
+    def run_chosen(self, routing: Routing, matrices: ExpertMatrices, bias: Vector, hidden: Halves) -> None:
+        """Gate and up of one row's experts, which are chosen on the way; see `chooses`."""
+        planes = (matrices.quants, matrices.scales, matrices.minima, *bias.addresses)
+        sizes = (matrices.num_outputs, matrices.num_column_tiles, matrices.num_strips)
+        blocks = min(matrices.num_strips, ONE_BLOCKS * self._device.num_multiprocessors // routing.num_used)
+        grid, target = (blocks, routing.num_used), (hidden.address, hidden.pitch)
+        self._run_one("one_swiglu", matrices.family, grid, planes, routing.x, target, sizes, routing.num_used)
+
+    def run_sum(self, product: ExpertSum, x: Floats) -> None:
+        """Add the weighted sum of one row's experts to x."""
+        hidden, down = product.hidden, product.down
+        planes = (down.quants, down.scales, down.minima, product.bias.address, 0)
+        sizes = (down.num_outputs, down.num_column_tiles, down.num_strips)
+        grid, target = (down.num_strips, 1), (x.address, x.width)
+        # The product before this one has waited for the logits.
+        self._run_one(
+            "summed", down.family, grid, planes, hidden, target, sizes, hidden.num_rows, are_logits_early=True
+        )
+
+    def chooses(self, routing: Routing, gate_up: ExpertMatrices, down: ExpertMatrices) -> bool:
+        """Whether the products of one row's experts can choose them."""
+        return self._takes_one(gate_up.family, 1, gate_up) and self._takes_one(down.family, routing.num_used, down)
+
+    def _run_part(
+        self,
+        x: Halves | Normed,
+        matrix: Matrix,
+        part: Part,
+        bias: int,
+        out: tuple[int, int],
+        epilogue: Epilogue,
+    ) -> None:
+        address, pitch = out
+        family, strips = part.family, part.num_strips
+        planes, sizes = (part.quants, part.scales, part.minima, bias, 0), (part.num_outputs, matrix.num_column_tiles)
+        blocks = min(strips, (ONE_BLOCKS if x.num_rows == 1 else 2) * self._device.num_multiprocessors)
+        is_spread = isinstance(x, Halves) and x.is_spread
+        if x.num_rows == 1 and not is_spread and self._takes_one(family, 1, matrix):
+            self._run_one(f"one_{epilogue.name.lower()}", family, (blocks, 1), planes, x, out, (*sizes, strips))
+            return
+        if x.num_rows <= FEW_ROWS and not is_spread and self._takes_few(family, x.num_rows, matrix):
+            self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
+            return
+        x = self.halves(x, x.num_rows > SMALL_ROWS or (x.num_rows > MANY_STRIP_ROWS and strips >= WHOLE_STRIPS))
+        addresses = (*planes, x.address, address, 0, 0)
+        numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
+        if x.is_spread:
+            self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
+        elif x.num_rows > SMALL_ROWS:
+            grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
+            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
+        else:
+            self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, numbers, are_groups_early=False)
+
+    def _run_one(
+        self,
+        entry: str,
+        family: Family,
+        grid: tuple[int, int],
+        planes: tuple[int, ...],
+        x: Halves | Normed,
+        out: tuple[int, int],
+        sizes: tuple[int, int, int],  # outputs, column tiles, strips
+        num_used: int = 0,  # experts that are chosen; 0 for a dense matrix
+        *,
+        are_logits_early: bool = False,
+    ) -> None:
+        """product_one.cu."""
+        address, pitch = out
+        logits = self._workspace.router_logits if num_used else 0
+        if isinstance(x, Normed):
+            source = (x.x.address, x.weight.address, address, logits, x.width, x.width, pitch)
+        else:
+            source = (x.address, 0, address, logits, x.pitch, x.width, pitch)
+        flags = (self._config.num_experts, num_used, int(are_logits_early))
+        num_parts = num_used if entry == "summed" else 1
+        self._device.launch(
+            f"product_{entry}_{family.name}",
+            (max(grid[0], -(-sizes[2] // MAX_STRIPS)), grid[1], 1),
+            32 * ONE_WARPS,
+            *(*planes, *source, *sizes, *flags, self._config.norm_epsilon),
+            shared_bytes=one_row_shared(family, num_parts, sizes[1]),
+        )
+
+    def _run_few(
+        self,
+        family: Family,
+        grid: tuple[int, int],
+        planes: tuple[int, ...],
+        x: Halves | Normed,
+        out: tuple[int, int],
+        sizes: tuple[int, ...],  # most rows of a group, outputs, column tiles, epilogue, strips
+        rows: tuple[int, int, bool],  # row ids, groups, whether the groups may be read before the wait
+    ) -> None:
+        """product.cu."""
+        address, pitch = out
+        row_ids, groups, are_groups_early = rows
+        if isinstance(x, Normed):
+            source = (x.x.address, x.weight.address, address, row_ids, groups, x.width, x.width, pitch)
+        else:
+            source = (x.address, 0, address, row_ids, groups, x.pitch, round_up(x.width, TILE_COLUMNS), pitch)
+        num_rows, column_tiles = sizes[0], sizes[2]
+        self._device.launch(
+            f"product_{family.name}",
+            (*grid, 1),
+            32 * NUM_WARPS,
+            *(*planes, *source, *sizes, int(are_groups_early), self._config.norm_epsilon),
+            shared_bytes=few_rows_shared(family, num_rows, column_tiles),
+        )
+
+    def _run_rows(
+        self,
+        family: Family,
+        tiles: int,
+        num_groups: int,
+        addresses: tuple[int, ...],
+        numbers: tuple[int, ...],
+        are_groups_early: bool,
+    ) -> None:
+        """product_rows.cu, a strip shared by a block's warps where there are few."""
+        strips = numbers[-1]
+        shares = 1 if strips * num_groups >= WHOLE_STRIPS else NUM_WARPS
+        grid = (-(-strips * shares // NUM_WARPS), num_groups, 1)
+        partial = 0 if shares == 1 else NUM_WARPS * 16 * (8 * tiles + 1) * 4
+        self._device.launch(
+            f"product_rows_{tiles}_{family.name}",
+            grid,
+            32 * NUM_WARPS,
+            *(*addresses, *numbers, shares, int(are_groups_early)),
+            shared_bytes=_ring_bytes(family, 32768) + partial,
+        )
+
+    def _launch_wgmma(
+        self,
+        family: Family,
+        num_strips: int,
+        num_rows: int,
+        addresses: tuple[int, ...],
+        numbers: tuple[int, ...],  # with column tiles and strips
+        num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
+    ) -> None:
+        strips, rows = wgmma_strips(family)[-1], TILED_ROWS
+        if num_groups == 0:
+            strips, rows = choose_tile(num_rows, num_strips, numbers[4], family, self._device.num_multiprocessors)
+        num_row_tiles = num_groups or -(-num_rows // rows)
+        num_tiles = num_row_tiles * -(-num_strips // (8 * strips))
+        grid = (min(num_tiles, self._device.num_multiprocessors), 1, 1)
+        name = f"product_wgmma_{strips}_{family.name}"
+        shared_bytes = wgmma_stages(family)[1]
+        self._device.launch(name, grid, 384, *addresses, *numbers, rows, num_row_tiles, shared_bytes=shared_bytes)
+
+    def _takes_one(self, family: Family, num_parts: int, matrix: Matrix | ExpertMatrices) -> bool:
+        """Whether product_one.cu takes the family, and so many rows of x fit in shared memory."""
+        if family not in EXACT or num_parts > MAX_USED:
+            return False
+        return self._fits(one_row_shared(family, num_parts, matrix.num_column_tiles))
+
+    def _takes_few(self, family: Family, num_rows: int, matrix: Matrix | ExpertMatrices) -> bool:
+        """Whether product.cu can hold so many rows of x in shared memory."""
+        return self._fits(few_rows_shared(family, num_rows, matrix.num_column_tiles))
+
+    def _fits(self, shared_bytes: int) -> bool:
+        return shared_bytes + STATIC_BYTES <= self._device.max_shared_bytes
+
+
+def most_group_rows(num_rows: int) -> int:
+    """Most rows of one expert in a group: about twice what an expert of 32 gets of 4 each, so that few have two."""
+    if num_rows > GROUPED_ROWS:
+        return TILED_ROWS
+    return next(group_rows for limit, group_rows in GROUP_LIMITS if num_rows <= limit)
+
+
+def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:
+    """Bytes of product_one.cu's dynamic shared memory: rings of groups of tiles, rows of x."""
+    group = 4 if family == Family.MXFP4 else 2
+    codes, scales = (512, 4) if family == Family.MXFP4 else (1024, 8)
+    return ONE_WARPS * ONE_DEPTH * (group * codes + 32 * scales) + 2 * num_parts * (column_tiles + group) * TILE_COLUMNS
+
+
+def few_rows_shared(family: Family, num_rows: int, column_tiles: int) -> int:
+    """Bytes of product.cu's dynamic shared memory: rings, rows of x, sums of shared strips."""
+    return _ring_bytes(family, 40960) + 2 * num_rows * (column_tiles * TILE_COLUMNS + 32) + 1024 * (num_rows + 1)
+
+
+def _ring_bytes(family: Family, wanted: int) -> int:
+    """Of a block's rings, whose slots are as many as make about `wanted` bytes, at least two."""
+    slot = SLOT_BYTES[family]
+    return NUM_WARPS * slot * max(2, wanted // NUM_WARPS // slot)
+
+
+def _row_tiles(num_rows: int) -> int:
+    """The fewest tiles of 8 rows that product_rows.cu comes in and that hold the rows."""
+    return next(tiles for tiles in PRODUCT_TILES if 8 * tiles >= num_rows)

@@ -1,0 +1,149 @@
+"""What the ops of the CUDA backend launch, on a device that only writes it down: no GPU is needed.
+
+For one row and for many, prompts and decoding, three kinds of GPU and several types of weights: every launch has the
+arguments that its kernel declares, a grid, and no more shared memory than the device has.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from services.executor.cuda.arrays import Epilogue
+from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kv import KVLayer, Shape, lay_out
+from services.executor.cuda.ops import CudaOps, item_tokens, wide_tokens
+from services.executor.cuda.weights import CudaWeights
+from services.executor.cuda.workspace import Workspace
+from services.executor.models import MODELS
+from services.executor.step import FULL, WINDOW, KVGroup
+from shared.cuda_layout import is_tiled, plan
+from shared.ggml_type import GGMLType
+from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS
+
+# gpt-oss-20b but for its vocabulary: the head is only one more matrix.
+OSS_20B = replace(
+    TINY_GPT_OSS,
+    vocab_size=20480,
+    hidden_size=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_size=64,
+    ffn_size=2880,
+    num_experts=32,
+    num_experts_used=4,
+    sliding_window=128,
+)
+GPUS = {
+    "H100": {"capability": (9, 0), "max_shared_bytes": 232448, "num_multiprocessors": 132},
+    "3090": {"capability": (8, 6), "max_shared_bytes": 101376, "num_multiprocessors": 82},
+    "5090": {"capability": (12, 0), "max_shared_bytes": 101376, "num_multiprocessors": 170},
+}
+DECODING = (1, 2, 8, 9, 16, 17, 64, 65, 128, 129, 256)  # rows around every bound
+PROMPTS = (1, 30, 70, 300, 1030)
+
+
+class RecordedDevice:
+    """Hands out addresses and keeps what was launched."""
+
+    def __init__(self, capability, max_shared_bytes, num_multiprocessors):
+        self.capability, self.max_shared_bytes = capability, max_shared_bytes
+        self.num_multiprocessors = num_multiprocessors
+        self.launches = []
+        self.end = 1 << 20
+
+    def allocate(self, num_bytes):
+        address = self.end
+        self.end += -(-num_bytes // 256) * 256
+        return address
+
+    def launch(self, name, grid, threads, *arguments, shared_bytes=0):
+        self.launches.append((name, grid, threads, arguments, shared_bytes))
+
+    def upload(self, address, values):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+def official(name):
+    if name.endswith("_exps.weight"):
+        return GGMLType.MXFP4
+    return GGMLType.Q8_0 if is_tiled(name) else GGMLType.F32
+
+
+def in_half(name):
+    return GGMLType.F16 if is_tiled(name) else GGMLType.F32
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize(
+    ("config", "type_of"),
+    [(OSS_20B, official), (OSS_20B, in_half), (TINY_GPT_OSS, in_half), (TINY_GPT2, in_half)],
+    ids=["gpt-oss-20b", "gpt-oss-20b in half", "tiny gpt-oss", "tiny gpt2"],
+)
+def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
+    for shape in (*map(decoding, DECODING), *(prompt(config, rows) for rows in PROMPTS)):
+        device = RecordedDevice(**GPUS[gpu])
+        weights = make_weights(device, config, type_of)
+        declared = {
+            entry[0]: entry[2] for entries in modules_of(config, weights.families).values() for entry in entries
+        }
+        run(device, config, weights, shape)
+        assert device.launches
+        for name, grid, threads, arguments, shared_bytes in device.launches:
+            what = f"{name} for {shape}"
+            assert name in declared, what
+            assert len(arguments) == len(declared[name]), what
+            for kind, argument in zip(declared[name], arguments, strict=True):
+                assert isinstance(argument, float if kind == "f" else int), f"{what}: {kind} got {argument!r}"
+                assert kind != "P" or argument == 0 or 1 << 20 <= argument < device.end, what
+            assert min(grid) >= 1, what
+            assert max(grid[1:]) <= 65535, what
+            assert threads in range(8, 1025), what
+            assert shared_bytes + 1024 <= device.max_shared_bytes, what
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_one_stream_takes_six_kernels_a_layer(gpu):
+    device = RecordedDevice(**GPUS[gpu])
+    run(device, OSS_20B, make_weights(device, OSS_20B, official), decoding(1))
+    names = [name for name, *_ in device.launches]
+    layer = ["product_one_store_INT8", "attention_decode", "product_one_residual_INT8", "normed_route"]
+    layer += ["product_one_swiglu_MXFP4", "product_summed_MXFP4"]
+    ends = ["rotation", "embed_INT8"], ["gather", "product_one_store_INT8"]
+    assert names == [*ends[0], *layer * OSS_20B.num_layers, *ends[1]]
+
+
+def decoding(num_rows):
+    return Shape(num_rows, num_rows, num_rows, num_rows, 64, 16, 5)
+
+
+def prompt(config, num_rows):
+    wide, narrow = wide_tokens(config), item_tokens(config, 16)
+    num_wide = -(-num_rows // wide) if num_rows > narrow else 0
+    return Shape(num_rows, 1, 1, num_wide or 1, 64, 16, 1, num_wide, wide)
+
+
+def make_weights(device, config, type_of):
+    shapes = config.expected_tensors()
+    infos = {name: SimpleNamespace(name=name, shape=shape, type=type_of(name)) for name, shape in shapes.items()}
+    planned = plan(SimpleNamespace(tensors=infos), config)
+    return CudaWeights(config, planned.tensors, [device.allocate(size) for size in planned.allocation_sizes])
+
+
+def run(device, config, weights, shape):
+    """One step of the model and its head."""
+    workspace = Workspace(device, config, 2048, 256)
+    ops = CudaOps(device, config, workspace, 32)
+    model = MODELS[config.architecture](weights, ops)
+    groups = [KVGroup(FULL, 1, 0), *([KVGroup(WINDOW, 1, config.sliding_window)] if config.sliding_window else [])]
+    step = lay_out(shape, groups, device.allocate(1 << 20))
+    kv_layers = []
+    for layer in range(config.num_layers):
+        group = groups[-1] if config.is_windowed(layer) else groups[0]
+        keys, values = (device.allocate(1 << 20) for _ in range(2))
+        kv_layers.append(KVLayer(group.name, group.window, keys, values, 4096))
+    head = model.forward(ops.prepare(step), kv_layers)
+    ops.run(head, workspace.logits, config.vocab_size, Epilogue.STORE)
