@@ -8,15 +8,15 @@ an output, and a client that lags too far behind is given up: what is pending is
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mxgpt.v1 import executor_pb2
+from services.executor.outbox import Outbox
 from services.executor.request import (
     Event,
     FinishReason,
@@ -33,8 +33,6 @@ from services.executor.tokenizer_client import Vocabulary
 from shared.errors import Reason, ServiceError
 
 NUM_PROMPT_LOGPROBS_PER_MESSAGE = 512
-# Of all streams together: a message costs the server's one core 60 to 80 us, however many tokens it carries.
-DELTAS_PER_SECOND = 5000
 MAX_UNREAD = 1 << 18  # ids and log-probabilities that wait for a client to read them: some 20 MB, a Delta 4 MB
 
 
@@ -61,14 +59,6 @@ class Form:
     def needs_text(self) -> bool:
         """Whether a tokenizer must see the ids."""
         return self.text or bool(self.stop_strings) or self.harmony
-
-
-@dataclass
-class _Pending:
-    """A message that waits for the client to read what came before it."""
-
-    response: Any  # GenerateResponse
-    num_entries: int = 0  # ids and log-probabilities of a Delta, ids that are not sent included
 
 
 @dataclass
@@ -120,17 +110,11 @@ class Generation:
         self._pipe = pipe
         self._cancel_output = cancel_output
         self._on_finished = on_finished
-        self._delta_interval = delta_interval
-        self._last_delta_time = 0.0
-        self._due: asyncio.TimerHandle | None = None  # of the next Delta, while it gathers
         self._arrival = time.monotonic()
         self._queue_seconds = 0.0
         self._num_cached_tokens = 0
-        self._pending: deque[_Pending] = deque()
-        self._growing: dict[int, _Pending] = {}  # by output, the Delta that takes what comes next
-        self._num_unread = 0  # entries of all that is pending
+        self._outbox = Outbox(delta_interval)
         self._error: ServiceError | None = None
-        self._wake = asyncio.Event()
         self._started = False
         resumed = request.resumed
         self._outputs = {
@@ -148,14 +132,12 @@ class Generation:
             ServiceError: what ended the request early.
         """
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._pending:
+            await self._outbox.wait()
+            while self._outbox:
                 if not self._started:
                     self._started = True
                     yield self._started_response()
-                self._last_delta_time = time.monotonic()
-                yield self._next_response()
+                yield self._outbox.take()
             if all(output.finished for output in self._outputs.values()):
                 if not self._started:
                     yield self._started_response()
@@ -183,32 +165,21 @@ class Generation:
         """End the stream with an error, after what is pending."""
         if self._error is None:
             self._error = error
-            self._wake.set()
-
-    def _next_response(self) -> Any:
-        """The oldest message that is pending; nothing is added to it any more."""
-        pending = self._pending.popleft()
-        self._num_unread -= pending.num_entries
-        if pending.response.WhichOneof("event") == "delta" and self._growing[pending.response.delta.index] is pending:
-            del self._growing[pending.response.delta.index]
-        return pending.response
+            self._outbox.wake()
 
     def nothing_to_run(self) -> bool:
         """Every output had finished before; the stream is a Started alone."""
         if self._outputs:
             return False
-        self._wake.set()
+        self._outbox.wake()
         return True
 
     def close(self) -> None:
         """Let go of the text pipe, and of all that was not read."""
-        if self._due is not None:
-            self._due.cancel()
         for output in self._outputs.values():
             if output.sequence_id is not None:
                 self._pipe.close(output.sequence_id)
-        self._pending.clear()
-        self._growing.clear()
+        self._outbox.clear()
         self._error = None  # its traceback leads back here: the collector would find the circle only much later
 
     def _open_texts(self) -> None:
@@ -255,7 +226,7 @@ class Generation:
         for first in range(0, len(event.logprobs), NUM_PROMPT_LOGPROBS_PER_MESSAGE):
             piece = event.logprobs[first : first + NUM_PROMPT_LOGPROBS_PER_MESSAGE]
             message = executor_pb2.PromptLogprobs(start=event.start + first, logprobs=map(_logprobs_proto, piece))
-            self._pending.append(_Pending(executor_pb2.GenerateResponse(prompt_logprobs=message)))
+            self._outbox.put(executor_pb2.GenerateResponse(prompt_logprobs=message))
 
     def _on_text(self, output: _Output, text: Any) -> None:
         if self._error is not None:
@@ -276,7 +247,7 @@ class Generation:
         output.num_released += num_token_ids
         if released:
             output.last_token_id = released[-1][0]
-        pending = self._delta_to_extend(output.index, channel, recipient)
+        pending = self._outbox.delta(output.index, channel, recipient)
         delta = pending.response.delta
         if self._form.text:
             delta.text += text
@@ -284,36 +255,9 @@ class Generation:
             delta.token_ids.extend(token_id for token_id, _ in released)
         delta.logprobs.extend(_logprobs_proto(logprobs) for _, logprobs in released if logprobs is not None)
         num_entries = sum(1 if logprobs is None else 2 + len(logprobs.top) for _, logprobs in released)
-        pending.num_entries += num_entries
-        self._num_unread += num_entries
-        if self._num_unread > MAX_UNREAD:
+        self._outbox.grow(pending, num_entries)
+        if self._outbox.num_unread > MAX_UNREAD:
             self._give_up_client()
-        self._wake_when_due()
-
-    def _wake_when_due(self) -> None:
-        """Let a Delta out: at once, or when the last one is long enough ago."""
-        if self._wake.is_set() or self._due is not None:
-            return
-        wait = self._last_delta_time + self._delta_interval() - time.monotonic()
-        if wait <= 0:
-            self._wake.set()
-        else:
-            self._due = asyncio.get_running_loop().call_later(wait, self._let_out)
-
-    def _let_out(self) -> None:
-        self._due = None
-        self._wake.set()
-
-    def _delta_to_extend(self, index: int, channel: str, recipient: str) -> _Pending:
-        pending = self._growing.get(index)
-        if pending is not None:
-            delta = pending.response.delta
-            if (delta.channel, delta.recipient) == (channel, recipient):
-                return pending
-        delta = executor_pb2.Delta(index=index, channel=channel, recipient=recipient)
-        pending = self._growing[index] = _Pending(executor_pb2.GenerateResponse(delta=delta))
-        self._pending.append(pending)
-        return pending
 
     def _give_up_client(self) -> None:
         """End the stream of a client that lags too far behind; the engine need not wait until that is told."""
@@ -337,8 +281,8 @@ class Generation:
             timings=self._timings(output),
         )
         self._on_finished(finished, output.num_resumed)
-        self._pending.append(_Pending(executor_pb2.GenerateResponse(finished=finished)))
-        self._wake.set()
+        self._outbox.put(executor_pb2.GenerateResponse(finished=finished))
+        self._outbox.wake()
 
     def _finish_reason(self, output: _Output, matched_stop: str | None) -> tuple[executor_pb2.FinishReason, str]:
         if matched_stop is not None:
@@ -374,59 +318,6 @@ class Generation:
             num_cached_tokens=self._num_cached_tokens,
         )
         return executor_pb2.GenerateResponse(started=started)
-
-
-class Generations:
-    """The running Generate calls, by the engine's id, and by caller and the caller's id."""
-
-    def __init__(self) -> None:
-        self._by_engine_id: dict[str, Generation] = {}
-        self._by_request_id: dict[tuple[str, str], Generation] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_engine_id)
-
-    def delta_interval(self) -> float:
-        """Seconds between the Deltas of a stream, so that all together are not more than the server can send."""
-        return len(self._by_engine_id) / DELTAS_PER_SECOND
-
-    def add(self, generation: Generation, takes_over: bool) -> None:
-        """Register a call. One that resumes takes its request id over from a call of its caller's that has broken.
-
-        Raises:
-            ServiceError: REQUEST_ID_IN_USE.
-        """
-        older = self.find(generation.caller, generation.request_id)
-        if older is not None:
-            if not takes_over:
-                raise ServiceError(
-                    Reason.REQUEST_ID_IN_USE, f"request_id: {generation.request_id} is running", field="request_id"
-                )
-            older.fail(ServiceError(Reason.CANCELLED, "the request was resumed by another call"))
-        self._by_request_id[generation.caller, generation.request_id] = generation
-        self._by_engine_id[generation.request.request_id] = generation
-
-    def remove(self, generation: Generation) -> None:
-        """Forget a call that has ended."""
-        self._by_engine_id.pop(generation.request.request_id, None)
-        if self.find(generation.caller, generation.request_id) is generation:
-            del self._by_request_id[generation.caller, generation.request_id]
-
-    def find(self, caller: str, request_id: str) -> Generation | None:
-        """The call that the caller knows as `request_id`."""
-        return self._by_request_id.get((caller, request_id))
-
-    def on_events(self, events: Sequence[Event]) -> None:
-        """Give each event of a step to its call; events of calls that have ended are dropped."""
-        for event in events:
-            generation = self._by_engine_id.get(event.request_id)
-            if generation is not None:
-                generation.on_event(event)
-
-    def fail_all(self, error: ServiceError) -> None:
-        """End every call with an error."""
-        for generation in list(self._by_engine_id.values()):
-            generation.fail(error)
 
 
 def _logprobs_proto(logprobs: Logprobs) -> Any:

@@ -15,7 +15,8 @@ from services.executor import validation
 from services.executor.config import ExecutorConfig
 from services.executor.content_log import ContentLog
 from services.executor.engine_client import EngineClient
-from services.executor.generation import Form, Generation, Generations, Origin
+from services.executor.generation import Form, Generation, Origin
+from services.executor.generations import Generations
 from services.executor.metrics import ExecutorMetrics, WatchedRequest
 from services.executor.request import Event, Request
 from services.executor.text_pipe import TextPipe
