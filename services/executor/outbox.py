@@ -1,4 +1,4 @@
-"""The messages of one stream that wait to be sent: Deltas grow while they wait, and go out no more often than is due."""
+"""One stream's messages that wait to be sent: Deltas grow while they wait, and go out no more often than is due."""
 
 from __future__ import annotations
 
