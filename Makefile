@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GOLDENS := .venv-goldens
 
 .DEFAULT_GOAL := help
-.PHONY: help install node demo test test-all lint types imports buf format protos goldens bench quality models clean
+.PHONY: help install node demo test test-all lint types imports buf format protos api goldens bench quality models clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ format: $(VENV)/.installed-dev  ## Format the code
 
 protos: $(VENV)/.installed-dev  ## Generate mxgpt/v1 from protos/
 	$(BIN)/python generate_protos.py
+
+api: $(VENV)/.installed-dev  ## Write docs/api.md anew from protos/
+	$(BIN)/python generate_api.py
 
 bench: $(VENV)/.installed-peers  ## Measure the CPU backend beside llama.cpp
 	$(BIN)/python -m benchmarks.bench_cpu

@@ -13,19 +13,11 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 
 from mxgpt.v1 import executor_pb2, tokenizer_pb2
+from tests.page_samples import samples
 from tests.stack import ROOT, Stack
 
-PAGE = (ROOT / "docs" / "clients.md").read_text()
+PAGE = "docs/clients.md"
 EXAMPLE = ROOT / "examples" / "node"
-
-
-def samples(language: str, stack: Stack | None = None) -> list[str]:
-    """The page's samples in a language, with the addresses of a stack."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    if stack is None:
-        return found
-    addresses = {"localhost:50051": stack.executor.address, "localhost:50052": stack.tokenizer.address}
-    return [re.sub(r"localhost:\d+", lambda match: addresses[match[0]], sample) for sample in found]
 
 
 def output_of(*command: str, cwd: Path = ROOT) -> str:
@@ -38,7 +30,7 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
 
 
 def test_python(stack: Stack) -> None:
-    output = output_of(sys.executable, "-c", "\n".join(samples("python", stack)))
+    output = output_of(sys.executable, "-c", "\n".join(samples(PAGE, "python", stack)))
     assert "923" in output
     assert "demo-gpt-oss" in output
     assert output.endswith("FIELD_INVALID sampling.top_p\n"), output
@@ -48,7 +40,7 @@ def test_python(stack: Stack) -> None:
 @pytest.mark.skipif(not (EXAMPLE / "node_modules").is_dir(), reason="packages of Node are not installed: make node")
 @pytest.mark.parametrize("kind", ["from_protos", "by_reflection"])
 def test_node(stack: Stack, kind: str) -> None:
-    code = "\n".join(samples("js", stack)).replace("./from_protos.js", f"./{kind}.js")
+    code = "\n".join(samples(PAGE, "js", stack)).replace("./from_protos.js", f"./{kind}.js")
     output = output_of("node", "--input-type=module", "-e", code, cwd=EXAMPLE)
     assert "923" in output
     assert "1 Cancelled on client\n" in output
@@ -58,7 +50,7 @@ def test_node(stack: Stack, kind: str) -> None:
 
 @pytest.mark.skipif(shutil.which("grpcurl") is None, reason="grpcurl is not installed")
 def test_grpcurl(stack: Stack) -> None:
-    output = output_of("bash", "-ec", "\n".join(samples("sh", stack)))
+    output = output_of("bash", "-ec", "\n".join(samples(PAGE, "sh", stack)))
     assert "923" in "".join(re.findall(r'"text": "([^"]*)"', output))
     assert '"status": "SERVING"' in output
     assert "ended by its deadline" in output
@@ -70,7 +62,7 @@ def test_grpcurls_requests_fit_the_contract() -> None:
     pool = descriptor_pool.Default()
     assert executor_pb2.DESCRIPTOR.package == tokenizer_pb2.DESCRIPTOR.package == "mxgpt.v1"
     num_requests = 0
-    for words in map(shlex.split, "\n".join(samples("sh")).replace("\\\n", " ").split("grpcurl ")[1:]):
+    for words in map(shlex.split, "\n".join(samples(PAGE, "sh")).replace("\\\n", " ").split("grpcurl ")[1:]):
         if "-d" not in words:
             continue
         (symbol,) = (word for word in words if word.startswith("mxgpt.v1."))

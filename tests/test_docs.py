@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import ast
+import asyncio
+import contextlib
+import io
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
+import generate_api
+from mxgpt import Client
+from mxgpt.cli.main import cli
 from shared.errors import Reason
 from tests.hostile_files import hostile_files
+from tests.page_samples import run_commands, samples
+from tests.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,26 +57,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 @pytest.mark.timeout(300)
 def test_the_commands_about_security_do_what_they_say(tmp_path: Path) -> None:
     """All of them, in order, in one shell; ports are free ones, and what runs at the end is stopped."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/security.md").read_text(), re.MULTILINE | re.DOTALL)
-    script = "set -eu\ntrap 'kill $(jobs -p); wait' EXIT\n" + "echo ---\n".join(blocks)
-    script = script.replace("mxgpt serve", "mxgpt serve --port 50051 --loader-port 0 --tokenizer-port 0")
-    for port in ("50051", "50052", "50053"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            script = script.replace(port, str(free.getsockname()[1]))
-    for name in ("models", "shared", "services", "mxgpt"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "bin").mkdir()
-    for name, arguments in (("python", ""), ("mxgpt", "-m mxgpt")):
-        command = tmp_path / "bin" / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
-        command.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, _, served, separate, renewed = done.stdout.split("---\n")
+    _, _, served, separate, renewed = run_commands(samples("docs/security.md", "sh"), tmp_path)
     assert "923" in served
     assert "demo-gpt-oss" in served
     assert "923" in separate
@@ -77,3 +65,115 @@ def test_the_commands_about_security_do_what_they_say(tmp_path: Path) -> None:
     keys = (tmp_path / "keys").read_text()
     assert (tmp_path / "alice.new").read_text().strip() in keys
     assert (tmp_path / "alice.token").read_text().strip() not in keys
+
+
+def test_the_reference_of_the_contract_is_what_the_protos_say() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    assert page == generate_api.page(), "docs/api.md is not what `make api` writes"
+    for name in generate_api.FILES:
+        for line in (ROOT / f"protos/mxgpt/v1/{name}.proto").read_text().splitlines():
+            # What the script does not know of would be left out without a word.
+            for kind, part in re.findall(r"^ *(service|rpc|message|enum) (\w+)", line):
+                assert re.search(rf"^####? (\w+/)?{part}$", page, re.MULTILINE), f"{kind} {part} is not on the page"
+            for field in re.findall(r"^ +[\w.<>, ]+ (\w+ = \d+)(?: \[|;)", line):
+                number = field.partition(" = ")[2]
+                assert f"| `{field.split()[0]}` = {number} |" in page, f"{field} is not on the page"
+
+
+def test_references_within_the_contracts_page_lead_somewhere() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    headings = {heading.lower().replace("/", "") for heading in re.findall(r"^#+ (.+)$", page, re.MULTILINE)}
+    wanted = set(re.findall(r"\]\(#([^)]+)\)", page))
+    assert len(wanted) > 40
+    assert wanted <= headings, wanted - headings
+
+
+def test_every_reason_has_something_to_do_next() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert [reason for reason, _ in rows] == [reason.name for reason in Reason]
+
+
+def test_every_benchmark_is_on_its_page() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    programs = [*(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")), "quality", "weight_error"]
+    assert len(programs) > 10
+    for program in programs:
+        assert f"benchmarks.{program}" in page, f"docs/benchmarks.md does not name benchmarks.{program}"
+
+
+def test_symbols_that_pages_link_to_are_in_their_files() -> None:
+    """[`name`](../path) says that `name` is defined in that file."""
+    num_links = 0
+    for page in (ROOT / "docs").rglob("*.md"):
+        for symbol, target in re.findall(r"\[`(\w+)`\]\(([^)#\s]+\.(?:py|cu|cuh|proto))\)", page.read_text()):
+            source = (page.parent / target).read_text()
+            defined = rf"^\s*(?:async )?(?:def|class|enum|struct|message|service) {symbol}\b"
+            named = rf"^{symbol}(?:: [^=\n]+)? = |^(?:constexpr|__device__) [^\n=(]*\b{symbol}\b"
+            assert re.search(f"{defined}|{named}", source, re.MULTILINE), f"{page.name}: {target} defines no {symbol}"
+            num_links += 1
+    assert num_links > 60
+
+
+def test_options_that_pages_name_are_there() -> None:
+    """Every `mxgpt COMMAND` in a block of commands exists and has the options given."""
+    num_options = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for name, rest in re.findall(r"^(?:until |[A-Z_]+=\S+ )*(?:\.venv/bin/)?mxgpt (\w+)([^#|;&]*)", line):
+                    command = cli.get_command(click.Context(cli), name)
+                    assert command is not None, f"{page.name}: there is no command {name!r}"
+                    known = {option for parameter in command.params for option in parameter.opts}
+                    known |= {option for parameter in command.params for option in parameter.secondary_opts}
+                    for option in re.findall(r"(?<!\S)--[a-z0-9-]+", rest):
+                        assert option in known | {"--help"}, f"{page.name}: mxgpt {name} has no {option}"
+                        num_options += 1
+    assert num_options > 30
+
+
+def test_the_samples_about_the_python_client_do_what_they_say(stack: Stack) -> None:
+    """All of docs/client.md, in order in one module; `async with` at the top as in asyncio's own shell."""
+    first, second, ask, whole, refused = samples("docs/client.md", "python", stack)
+    module: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        exec(first, module)
+    assert len(written.getvalue()) > 20
+    with contextlib.redirect_stdout(io.StringIO()) as written_async:
+        running = eval(compile(second, "docs/client.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), module)
+        asyncio.run(running)
+    assert len(written_async.getvalue()) > 20
+    with Client(stack.executor.address) as module["client"]:
+        exec(ask, module)
+        assert "923" in "".join(piece.text for piece in module["stream"])
+        exec(whole, module)
+        assert module["story"]
+        assert "923" in module["answer"]
+        module["told"] = []
+        exec(re.sub(r"^    (error\.\w+)  # .*$", r"    told.append(\1)", refused, flags=re.MULTILINE), module)
+    status, reason, _message, field, _retry_after = module["told"]
+    assert (status.name, reason, field) == ("INVALID_ARGUMENT", "FIELD_INVALID", "sampling.top_p")
+    assert f"grpc.StatusCode.{status.name}" in refused
+    assert f'"{reason}"' in refused
+    assert f'"{field}"' in refused
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+def test_the_first_sample_in_python_runs(stack: Stack, page: str) -> None:
+    (sample,) = samples(page, "python", stack)
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        exec(sample, {})
+    assert written.getvalue().strip()
+    assert ("923" in written.getvalue()) == ("348" in sample)
+
+
+@pytest.mark.timeout(180)
+def test_the_quick_starts_commands_do_what_they_say(tmp_path: Path) -> None:
+    """Those for the CPU, in order, in one shell. Installing is what `make` has done for these tests already."""
+    install, *commands = samples("docs/quick-start.md", "sh")
+    assert install == "make install\n. .venv/bin/activate\n"
+    assert re.search(r"^install:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    started, stopped = run_commands(commands, tmp_path)
+    assert "mxgpt serves demo-gpt-oss.gguf" in started
+    assert "923" in started
+    assert re.search(r"^2 requests over 1 streams in .*, 0 failed$", started, re.MULTILINE)
+    assert not stopped.strip()
