@@ -81,7 +81,13 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const __half* x,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, NUM_LOADS > 2 ? 2 : 3) product(
+#if FAMILY == 1 && __CUDA_ARCH__ >= 1200  // where three blocks leave it too few registers
+constexpr int MIN_BLOCKS = 2;
+#else
+constexpr int MIN_BLOCKS = NUM_LOADS > 2 ? 2 : 3;
+#endif
+
+extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_BLOCKS) product(
     const char* quants, const char* scales, const char* minima,
     const float* bias,         // (experts, num_outputs) or null
     const float* up_bias,      // (experts, num_outputs), with SWIGLU
