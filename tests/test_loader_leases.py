@@ -110,7 +110,7 @@ async def test_a_killed_process_loses_its_lease_at_once(tmp_path: Path, gpt_oss:
         assert len(running.loader.leases) == 2
         processes[0].kill()
         seconds = await until(lambda: len(running.loader.leases) == 1)
-        assert seconds < 0.1
+        assert seconds < 1.0  # a few milliseconds, where nothing else runs
         assert running.loader.leases.holders(running.loader.store.find("")) == ("executor-1",)
         processes[1].kill()
         await until(lambda: not running.loader.leases)
