@@ -124,6 +124,20 @@ class Deployment:
             assert time.monotonic() < deadline, f"not healthy after {seconds} s: {states}"
             time.sleep(0.5)
 
+    def check_confined(self) -> None:
+        """See in every container that its user is not root, and that nothing but /tmp and volumes can be written.
+
+        Raises:
+            AssertionError: where that is not so.
+        """
+        attempt = "id -u; for each in / /etc /opt /var /usr/bin; do touch $each/mxgpt 2>/dev/null && echo $each; done; true"
+        for service in TARGETS:
+            for container in self.containers(service):
+                assert _docker("inspect", "--format", "{{.HostConfig.ReadonlyRootfs}}", container) == "true", service
+                user, *written = _docker("exec", container, "sh", "-c", attempt).split()
+                assert user != "0", f"{service} runs as root"
+                assert not written, f"{service} can write to {written}"
+
     def _compose(self, *arguments: str) -> str:
         command = [*self._command, "--project-name", PROJECT, *arguments]
         result = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
@@ -140,7 +154,9 @@ async def rehearse(deployment: Deployment) -> None:
     start = time.monotonic()
     deployment.up(loader=2, tokenizer=2, executor=3)
     deployment.until_healthy()
-    print(f"loader x 2, tokenizer x 2, executor x 3: healthy after {time.monotonic() - start:.1f} s")
+    print(f"loader x 2, tokenizer x 2, executor x 3: healthy after {time.monotonic() - start:.1f} s", flush=True)
+    deployment.check_confined()
+    print("no container runs as root or can write to its root file system", flush=True)
     async with AsyncClient(deployment.address) as client:
         load = Load(client)
         await load.learn()
