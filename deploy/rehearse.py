@@ -40,6 +40,7 @@ class Load:
     client: AsyncClient
     expected: list[Result] = field(default_factory=list)
     num_done: int = 0
+    num_flowing: int = 0  # streams that have had a piece and have not ended
     num_resumed: int = 0
     longest_wait: float = 0.0  # seconds between two pieces
     served_by: set[str] = field(default_factory=set)
@@ -76,9 +77,13 @@ class Load:
         options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
         async with self.client.generate(messages, **options) as generation:  # type: ignore[arg-type]
             last, longest = time.monotonic(), 0.0
+            num_pieces = 0
             async for _ in generation:
+                self.num_flowing += num_pieces == 0
+                num_pieces += 1
                 now = time.monotonic()
                 last, longest = now, max(longest, now - last)
+            self.num_flowing -= num_pieces > 0
             return generation.result, longest
 
 
@@ -184,7 +189,9 @@ def _scale(deployment: Deployment, num_executors: int) -> None:
 
 
 async def _during(load: Load, what: str, event: Callable[..., None], *arguments: object) -> None:
-    """Let something happen under load, in a thread, and some streams end after it."""
+    """Let something happen, in a thread, while every stream flows, and some streams end after it."""
+    while load.num_flowing < NUM_STREAMS:
+        await asyncio.sleep(0.02)
     done, resumed, start = load.num_done, load.num_resumed, time.monotonic()
     load.longest_wait = 0.0
     await asyncio.to_thread(event, *arguments)
