@@ -44,6 +44,28 @@ def test_all_kernels_compile_without_spills(tmp_path, target, sources):
     assert not [module for module in modules if spills[module]]
 
 
+def has_nvrtc() -> bool:
+    """Whether both of its wheels are there: the compiler's and the one of the headers."""
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        return nvrtc.nvrtcVersion()[0] == 0 and find_nvidia_header_directory("cudart") is not None
+    except (ImportError, RuntimeError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not has_nvrtc(), reason="no NVRTC: install cuda-bindings, nvidia-cuda-nvrtc, nvidia-cuda-runtime")
+@pytest.mark.parametrize("sources", [SOURCES, loader_kernels.SOURCES], ids=["executor", "loader"])
+def test_all_kernels_compile_where_there_is_no_nvcc(tmp_path, monkeypatch, sources):
+    monkeypatch.setattr("shared.cuda_compile.find_nvcc", lambda: None)
+    modules = all_modules() if sources == SOURCES else loader_kernels.MODULES
+    cubins = Compiler(sources, "sm_90a", tmp_path).compile_all(modules)
+    assert all(cubin[:4] == b"\x7fELF" for cubin in cubins.values())
+
+
 @needs_nvcc
 def test_cubins_are_cached_by_what_they_are_made_of(tmp_path):
     module = Module("rows")

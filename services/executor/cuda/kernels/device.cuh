@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #ifdef __CUDACC_RTC__  // NVRTC has no C headers
 typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
 #define INFINITY __int_as_float(0x7f800000)
 #else
 #include <stdint.h>
