@@ -138,21 +138,21 @@ class Clients:
             cancelling.cancel()
         return stream
 
-    async def seconds_to_free(self) -> tuple[float, int]:
-        """Cancel a stream that runs beside another; seconds and steps until its blocks are free."""
-        stub = self._stubs[0]
-        beside, call = (stub.Generate(self._request(READS, 2000)) for _ in range(2))
-        for each in (beside, call):
+    async def seconds_to_free(self, num_beside: int) -> tuple[float, int]:
+        """Cancel a stream that runs beside others; seconds and steps until its blocks are free."""
+        call, *beside = calls = [self._stubs[0].Generate(self._request(READS, 2000)) for _ in range(1 + num_beside)]
+        for each in calls:
             for _ in range(4):
                 await each.read()
         before = await self.status()
-        assert before.num_running == 2
+        assert before.num_running == len(calls)
         begin = time.monotonic()
         call.cancel()
-        while (status := await self.status()).num_running == 2:
+        while (status := await self.status()).num_running == len(calls):
             pass
         seconds = time.monotonic() - begin
-        beside.cancel()
+        for each in beside:
+            each.cancel()
         await self.until_idle()
         return seconds, status.num_steps - before.num_steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -91,3 +92,37 @@ def test_sixteen_streams_twice(runner):
     first, again = (run(make_engine(runner, **bounds), *requests) for _ in range(2))
     assert all(transcript.error is None for transcript in first.values())
     assert {id_: one.outputs for id_, one in first.items()} == {id_: one.outputs for id_, one in again.items()}
+
+
+def test_a_gpu_without_memory_is_no_matter_to_requests(runner, caplog):
+    """Everything was allocated before; only graphs of new shapes come late, and steps do without them."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    requests = [make_request(str(number), [number, 7], 24, **REQUESTS[kind]) for number, kind in enumerate(REQUESTS)]
+    expected = run(make_engine(runner), *requests)
+    runner.runner.close()  # every shape is new again
+    with filled_memory(), pytest.MonkeyPatch.context() as patch:
+        # What a driver keeps in reserve may still hold a small graph.
+        patch.setattr(driver, "cuGraphInstantiate", lambda *_: (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None))
+        found = run(make_engine(runner), *requests)
+    runner.runner.close()  # what launches one by one
+    assert "no GPU memory for a graph" in caplog.text
+    assert {id_: one.outputs for id_, one in found.items()} == {id_: one.outputs for id_, one in expected.items()}
+    assert all(transcript.error is None for transcript in found.values())
+
+
+@contextmanager
+def filled_memory():
+    """All memory of the GPU is taken, to the last MiB."""
+    cuda = pytest.importorskip("pycuda.driver")
+    taken = []
+    num_bytes = cuda.mem_get_info()[0]
+    while num_bytes >= 1 << 20:
+        try:
+            taken.append(cuda.mem_alloc(num_bytes))
+        except cuda.MemoryError:
+            num_bytes //= 2
+    try:
+        yield
+    finally:
+        for memory in taken:
+            memory.free()

@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -52,18 +53,20 @@ def test_a_live_stack_is_drawn_with_its_own_figures(watched: Stack) -> None:
     with Client(watched.address) as client:
         for _ in range(3):
             client.complete("one two", max_tokens=30, ignore_eos=True)
-        generation = client.generate("three four", ignore_eos=True)
-        next(generation)
-        history.update()
-        lines = drawn(history)
-        generation.close()
+        for _ in range(20):  # a stream may be over before a busy machine has asked the executor
+            with closing(client.generate("three four", ignore_eos=True)) as generation:
+                next(generation)
+                history.update()
+            if history.running[-1]:
+                break
+    lines = drawn(history)
     text = "\n".join(lines)
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     assert "demo-gpt-oss" in lines[0]
     assert "1 executor, 1 tokenizer, 1 loader" in lines[0]
     assert re.search(r"\b1 sequences run", text)
-    assert re.search(r"requests ended lately: 3 OK", text)
+    assert re.search(r"requests ended lately: \d+ OK", text)
     assert float(re.search(r"([\d,]+) tokens/s written", text)[1].replace(",", "")) > 0  # type: ignore[index]
     assert re.search(r"first token p50 [\d.]+ m?s  p99 [\d.]+ m?s", text)
     assert re.search(r"demo-gpt-oss +1 +31 MiB +– +[\d.]+ GiB +cpu", text)

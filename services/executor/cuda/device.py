@@ -6,6 +6,7 @@ context that is still on the stack when a process ends aborts it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from services.executor.cuda.kernels import SOURCES, Entry
 from services.executor.step import DeviceLostError
 from shared.cuda_compile import Compiler, Module, architecture
 from shared.errors import Reason, ServiceError
+
+log = logging.getLogger(__name__)
 
 Grid = tuple[int, int, int]
 # Kernels that hold more in shared memory than a block gets unasked. They also divide a multiprocessor's memory alike:
@@ -123,11 +126,12 @@ class Device:
 
         Raises:
             DeviceLostError
+            MemoryError: the GPU's memory ran out, which the context outlives.
         """
         try:
             yield
-        except cuda.MemoryError:
-            raise
+        except cuda.MemoryError as error:  # no MemoryError of Python's
+            raise MemoryError(f"the GPU's memory ran out: {error}") from error
         except cuda.Error as error:
             raise DeviceLostError(f"the GPU failed: {error}") from error
 
@@ -146,7 +150,10 @@ class Device:
         return float(end.time_since(start)) * 1000 / repeat
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """The kernels that `work` launches, as a graph; nothing runs yet."""
+        """The kernels that `work` launches, as a graph; nothing runs yet.
+
+        It is the only thing that takes memory of the GPU while requests run. Without that, launching it is `work`.
+        """
         handle = driver.CUstream(self.stream.handle)
         _check(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
         try:
@@ -154,11 +161,16 @@ class Device:
         finally:
             captured = driver.cuStreamEndCapture(handle)
         (graph,) = _check(captured)
-        if self.capability >= (9, 0):
-            _make_edges_programmatic(graph)
-        (executable,) = _check(driver.cuGraphInstantiate(graph, 0))
-        _check(driver.cuGraphDestroy(graph))
-        return Graph(executable, handle)
+        try:
+            if self.capability >= (9, 0):
+                _make_edges_programmatic(graph)
+            (executable,) = _check(driver.cuGraphInstantiate(graph, 0))
+        except MemoryError:
+            log.warning("no GPU memory for a graph: steps of its shape launch kernel by kernel, which is slower")
+            executable = None
+        finally:
+            _check(driver.cuGraphDestroy(graph))
+        return Graph(executable, handle, work)
 
     def close(self) -> None:
         """Free what was allocated and leave the context."""
@@ -171,16 +183,20 @@ class Device:
 
 
 class Graph:
-    """A step's kernels, ready to be launched at once."""
+    """A step's kernels, launched at once; one by one where the GPU had no memory to prepare that."""
 
-    def __init__(self, executable: Any, stream: Any) -> None:
-        self._executable, self._stream = executable, stream
+    def __init__(self, executable: Any, stream: Any, work: Callable[[], None]) -> None:
+        self._executable, self._stream, self._work = executable, stream, work
 
     def launch(self) -> None:
-        _check(driver.cuGraphLaunch(self._executable, self._stream))
+        if self._executable is None:
+            self._work()
+        else:
+            _check(driver.cuGraphLaunch(self._executable, self._stream))
 
     def destroy(self) -> None:
-        _check(driver.cuGraphExecDestroy(self._executable))
+        if self._executable is not None:
+            _check(driver.cuGraphExecDestroy(self._executable))
 
 
 def _prefer_shared(function: Any, max_bytes: int) -> None:
@@ -206,6 +222,8 @@ def _make_edges_programmatic(graph: Any) -> None:
 
 def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
     error, *values = result
+    if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise MemoryError("the GPU's memory ran out")
     if error != driver.CUresult.CUDA_SUCCESS:
         raise ServiceError(Reason.INTERNAL, f"CUDA: {error.name}.")
     return tuple(values)
