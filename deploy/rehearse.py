@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ TARGETS = ("loader", "tokenizer", "executor", "gateway")
 PROJECT = "mxgpt-rehearsal"
 PROMPTS = ["Write a haiku about the sea.", "What is 17 + 25?", "Count from 1 to 20.", "Say hello in Japanese."]
 MAX_TOKENS = 600
+SPANS = "/tmp/spans.jsonl"  # in each container
 NUM_STREAMS = 8  # at once
 
 
@@ -92,7 +94,8 @@ class Deployment:
 
     def __init__(self, base_image: str, port: int) -> None:
         self._command = ["docker", "compose"] if _has_plugin() else ["docker-compose"]
-        self._environment = {**os.environ, "MXGPT_BASE_IMAGE": base_image, "MXGPT_PORT": str(port)}
+        settings = {"MXGPT_BASE_IMAGE": base_image, "MXGPT_PORT": str(port), "MXGPT_TRACES": f"file:{SPANS}"}
+        self._environment = {**os.environ, **settings}
         self.address = f"127.0.0.1:{port}"
 
     def up(self, **replicas: int) -> None:
@@ -143,6 +146,21 @@ class Deployment:
                 assert user != "0", f"{service} runs as root"
                 assert not written, f"{service} can write to {written}"
 
+    def check_traced(self) -> int:
+        """Requests whose spans of executors and tokenizers are in one trace.
+
+        Raises:
+            AssertionError: if there are none.
+        """
+        of_executors, of_tokenizers = (self._trace_ids(service) for service in ("executor", "tokenizer"))
+        joined = of_executors & of_tokenizers
+        assert joined, f"{len(of_executors)} traces of executors, {len(of_tokenizers)} of tokenizers, none in common"
+        return len(joined)
+
+    def _trace_ids(self, service: str) -> set[str]:
+        lines = [line for each in self.containers(service) for line in _docker("exec", each, "cat", SPANS).split("\n")]
+        return {json.loads(line)["context"]["trace_id"] for line in lines}
+
     def _compose(self, *arguments: str) -> str:
         command = [*self._command, "--project-name", PROJECT, *arguments]
         result = subprocess.run(command, cwd=ROOT, env=self._environment, capture_output=True, text=True, check=False)
@@ -173,6 +191,7 @@ async def rehearse(deployment: Deployment) -> None:
             await _during(load, "scaled to 3 executors", _scale, deployment, 3)
             print(f"{len(load.served_by - known)} of the 2 new executors have served")
             assert len(load.served_by - known) == 2, "the gateway does not find new replicas"
+            print(f"{deployment.check_traced()} requests have a trace that joins an executor's spans and a tokenizer's")
     assert load.num_resumed > 0, "no kill fell into a stream"
 
 

@@ -20,7 +20,7 @@ class RetryPolicy:
     """
 
     max_attempts: int = 4  # in a row without a token, before the first token has come
-    max_resume_attempts: int = 8  # in a row without a token, after it: the executor may be starting again
+    max_resume_attempts: int = 8  # the same after it, or while executors stop: another one may be starting
     max_resumes: int = 32  # of one stream in all, so that a prompt that kills executors comes to an end
     initial_backoff: float = 0.1  # seconds
     max_backoff: float = 5.0  # seconds
@@ -83,7 +83,8 @@ class Retries:
             MxgptError: `error` itself where another attempt makes no sense or is one too many.
         """
         self._num_failures += 1
-        limit = self._policy.max_resume_attempts if started else self._policy.max_attempts
+        is_patient = started or error.reason == Reason.DRAINING.name
+        limit = self._policy.max_resume_attempts if is_patient else self._policy.max_attempts
         if not self._is_passing(error) or self._num_failures >= limit:
             raise error
         if started:

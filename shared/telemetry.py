@@ -58,15 +58,22 @@ class TelemetryConfig:
             raise ValueError(f"refusing to serve metrics on {self.metrics} without TLS or --allow-insecure")
 
 
+traces_option = click.option(
+    "--traces",
+    metavar="URL",
+    envvar="MXGPT_TRACES",
+    show_envvar=True,
+    help="OTLP receiver for traces, as http://localhost:4317, or file:/PATH.",
+)
+
+
 def telemetry_options(command: F) -> F:
     """The click options of `TelemetryConfig`, taken out of the arguments again by `telemetry_config`."""
     for option in (
         click.option("--log-content", is_flag=True, help="Prompts and answers in logs, too."),
         click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True),
         click.option("--log-level", default="INFO", show_default=True),
-        click.option(
-            "--traces", metavar="URL", help="OTLP receiver for traces, as http://localhost:4317, or file:/PATH."
-        ),
+        traces_option,
         click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there. Default: nowhere."),
     ):
         command = option(command)

@@ -7,6 +7,7 @@ from mxgpt import MxgptError, RetryPolicy
 from mxgpt.retry import Retries
 
 BROKEN = MxgptError(grpc.StatusCode.UNAVAILABLE, "EXECUTOR_UNAVAILABLE", "gone")
+STOPPING = MxgptError(grpc.StatusCode.UNAVAILABLE, "DRAINING", "stopping")
 FULL = MxgptError(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "full", retry_after=0.7)
 LIMITED = MxgptError(grpc.StatusCode.RESOURCE_EXHAUSTED, "KEY_LIMIT_REACHED", "all calls run", retry_after=0.9)
 IN_USE = MxgptError(grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_ID_IN_USE", "in use")
@@ -37,6 +38,16 @@ def test_the_last_attempt_raises_its_own_error():
     with pytest.raises(MxgptError) as caught:
         retries.delay_after(BROKEN, started=False)
     assert caught.value is BROKEN
+
+
+def test_an_executor_that_stops_is_worth_more_attempts():
+    """A balancer may send a call to it again and again until it has noticed."""
+    retries = _retries(max_attempts=2, max_resume_attempts=4)
+    for _ in range(3):
+        retries.delay_after(STOPPING, started=False)
+    with pytest.raises(MxgptError) as caught:
+        retries.delay_after(STOPPING, started=False)
+    assert caught.value is STOPPING
 
 
 def test_a_token_starts_the_count_again_but_not_that_of_resumes():

@@ -25,6 +25,7 @@ from mxgpt.serve import (
     Supervisor,
 )
 from shared.logs import FORMATS, json_line
+from shared.telemetry import traces_option
 
 _PORT = click.IntRange(0, 65535)
 _FILE = click.Path(path_type=Path)
@@ -67,7 +68,7 @@ Certificates are for executors (docs/security.md); loader and tokenizer stay on 
 @click.option("--float32-budget-mib", type=click.IntRange(0), help="Larger models stay quantised on the CPU.")
 @click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="What running requests get.")
 @click.option("--metrics-port", type=_PORT, help="On loopback; see below. 0 picks free ones.")
-@click.option("--traces", metavar="URL", help="OTLP receiver for traces, as http://localhost:4317, or file:/PATH.")
+@traces_option
 @click.option("--log-level", default="INFO", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
