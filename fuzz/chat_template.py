@@ -5,7 +5,8 @@ audit hook (sys.addaudithook) sees every file, socket, process, import and libra
 canary lies in the globals that a template must not reach.
 
 An input of which the first byte is even is read as choices in a grammar of expressions and statements, which makes
-templates that compile and reach deep; the others are a template's text.
+templates that compile; what fails in one of these gives an undefined value, and the rest of it is tried all the same.
+The others are a template's text, which the worker's own environment renders.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import contextlib
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NoReturn
+
+import jinja2
 
 from services.tokenizer import template_worker
 from services.tokenizer.template_worker import Environment, Renderer
@@ -83,6 +86,36 @@ class BoundedEnvironment(Environment):
         return super().call_binop(context, operator, left, right)
 
 
+class ForgivingEnvironment(BoundedEnvironment):
+    """A template goes on after what failed in it, or was forbidden; few of the grammar's would get far otherwise."""
+
+    intercepted_binops = frozenset(("*", "**", "%", "+", "-", "/", "//"))
+    intercepted_unops = frozenset(("+", "-"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.undefined = jinja2.ChainableUndefined
+        self.loader = jinja2.FunctionLoader(lambda _: None)
+        self.filters = {name: _forgiving(call) for name, call in self.filters.items()}
+        self.tests = {name: _forgiving(call) for name, call in self.tests.items()}
+        self.getattr, self.getitem, self.call, self.call_binop, self.call_unop = map(  # type: ignore[method-assign]
+            _forgiving, (self.getattr, self.getitem, self.call, self.call_binop, self.call_unop)
+        )
+
+
+def _forgiving(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)  # with the mark by which Jinja knows that a filter wants the context
+    def forgiving(*arguments: Any, **named: Any) -> Any:
+        try:
+            return call(*arguments, **named)
+        except (RecursionError, MemoryError):  # to go on after these would take for ever
+            raise
+        except Exception:
+            return jinja2.ChainableUndefined()
+
+    return forgiving
+
+
 class OutOfTimeError(BaseException):
     """The template has had its time."""
 
@@ -102,11 +135,13 @@ def examine(data: bytes) -> str:
         AssertionError: for one that reached what it must not.
     """
     sandbox = _sandbox()
-    template = _Grammar(data[1:]).template() if data and data[0] % 2 == 0 else data[1:].decode("utf-8", "replace")
+    is_grammar = bool(data) and data[0] % 2 == 0
+    template = _Grammar(data[1:]).template() if is_grammar else data[1:].decode("utf-8", "replace")
+    renderer = sandbox.forgiving if is_grammar else sandbox.renderer
     request = {"template": template, "variables": VARIABLES, "today": "2025-08-07", "max_chars": MAX_CHARS}
     answer: dict[str, Any] | None = None
     with sandbox.watched(), contextlib.suppress(OutOfTimeError):
-        answer = sandbox.renderer.answer(request)
+        answer = renderer.answer(request)
     assert not sandbox.events, f"{template!r} caused {sandbox.events[:3]}"
     if answer is None:
         return "out of time"
@@ -144,22 +179,29 @@ class _Grammar:
             case 4:
                 return f"{{% set ns = namespace(x={expression}) %}}{{% set ns.x = {self._expression(depth + 1)} %}}"
             case 5:
-                return f"{{% for x in {expression} %}}{self._body(depth)}{{% endfor %}}"
+                return f"{{% for x in {expression}|list %}}{self._body(depth)}{{% endfor %}}"
             case 6:
-                return f"{{% for x in {expression} recursive %}}{self._body(depth)}{{{{ loop(x) }}}}{{% endfor %}}"
+                body = f"{self._body(depth)}{{{{ loop(x|list) }}}}"
+                return f"{{% for x in {expression}|list recursive %}}{body}{{% endfor %}}"
             case 7:
                 return f"{{% if {expression} %}}{self._body(depth)}{{% else %}}{self._body(depth)}{{% endif %}}"
             case 8:
                 return f"{{% macro f(x={expression}) %}}{self._body(depth)}{{% endmacro %}}{{{{ f() }}}}"
             case 9:
-                return f"{{% call(x) f({expression}) %}}{self._body(depth)}{{% endcall %}}"
+                macro = f"{{% macro f(x) %}}{{{{ caller(x, {self._expression(depth + 1)}) }}}}{{% endmacro %}}"
+                return f"{macro}{{% call(x, ns) f({expression}) %}}{self._body(depth)}{{% endcall %}}"
             case 10:
-                return f"{{% filter {self._pick(_filters())} %}}{self._body(depth)}{{% endfilter %}}"
+                return f"{{% filter {self._pick(_filters())}|string %}}{self._body(depth)}{{% endfilter %}}"
             case 11:
                 return f"{{% with x = {expression} %}}{self._body(depth)}{{% endwith %}}"
             case 12:
-                word = self._pick(("include", "extends", "import"))
-                return f"{{% {word} {expression} {'as x' if word == 'import' else ''} %}}"
+                words = (
+                    "include {}|string ignore missing",
+                    "include [{}] ignore missing",
+                    "import {} as x",
+                    "extends {}",
+                )
+                return f"{{% {self._pick(words[: 3 if depth else 4]).format(expression)} %}}"
             case _:
                 return f"{{% generation %}}{self._body(depth)}{{% endgeneration %}}"
 
@@ -215,9 +257,10 @@ def _tests() -> tuple[str, ...]:
 
 @dataclass
 class Sandbox:
-    """A renderer, and what was seen happening while it rendered."""
+    """The renderers, and what was seen happening while one rendered."""
 
     renderer: Renderer
+    forgiving: Renderer
     events: list[str] = field(default_factory=list)
     is_watched: bool = False
 
@@ -229,7 +272,7 @@ class Sandbox:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         self.events.clear()
-        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS, CPU_SECONDS)  # again, where something caught the first one
         self.is_watched = True
         try:
             yield
@@ -241,7 +284,7 @@ class Sandbox:
 @cache
 def _sandbox() -> Sandbox:
     """The only one of this process, under its limits; it has imported all that it will."""
-    sandbox = Sandbox(Renderer(BoundedEnvironment()))
+    sandbox = Sandbox(Renderer(BoundedEnvironment()), Renderer(ForgivingEnvironment()))
     template_worker._warm_up(sandbox.renderer)
     template_worker.to_json.__globals__["CANARY"] = CANARY
     num_pages = int(Path("/proc/self/statm").read_text().split()[0])

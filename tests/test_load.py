@@ -12,7 +12,11 @@ from tests.stack import ROOT
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "benchmark",
-    [["bench_load", "--clients", "120", "--rounds", "2"], ["bench_fairness", "--quick"]],
+    [
+        ["bench_load", "--clients", "120", "--rounds", "2"],
+        ["bench_fairness", "--quick"],
+        ["bench_divergence", "--tokens", "2000"],
+    ],
     ids=lambda b: b[0],
 )
 def test_a_short_round_of_the_benchmark_finds_nothing_wrong(tmp_path, benchmark):
