@@ -11,7 +11,8 @@ import statistics
 
 import numpy as np
 
-from benchmarks.bench_cuda import BLOCK_SIZE, GPT_OSS_20B
+from benchmarks.bench_cuda import BLOCK_SIZE
+from benchmarks.gpt_oss_file import GPT_OSS_20B
 from services.executor.cuda.device import Device
 from services.executor.cuda.kernels import ATTENTION_WGMMA_BYTES, modules_of
 from services.executor.cuda.kv import make_items

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpt_oss_file import GPT_OSS_20B
 from services.executor.cuda.device import Device
 from services.executor.cuda.kv import lay_out, pack
 from services.executor.cuda.ops import item_tokens
@@ -27,27 +28,10 @@ from services.executor.step import SequenceSlice, StepBatch
 from shared.cuda_compile import Module
 from shared.cuda_layout import is_tiled, plan
 from shared.ggml_type import GGMLType
-from shared.gpt_config import GPTConfig, RopeConfig
+from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Plane
 
-GPT_OSS_20B = GPTConfig(
-    architecture="gpt-oss",
-    vocab_size=201088,
-    context_length=131072,
-    num_layers=24,
-    hidden_size=2880,
-    num_heads=64,
-    num_kv_heads=8,
-    head_size=64,
-    ffn_size=2880,
-    norm_epsilon=1e-5,
-    tied_head=False,
-    num_experts=32,
-    num_experts_used=4,
-    sliding_window=128,
-    rope=RopeConfig(150000.0, 32.0, 4096, 32.0, 1.0, 0.1 * float(np.log(32.0)) + 1.0, 1.0),
-)
 BLOCK_SIZE = 32
 MAX_BATCH_TOKENS = 2048
 KV_TOKENS = 80_000

@@ -118,13 +118,14 @@ def measure_on_gpu(
     from dataclasses import replace
 
     from benchmarks import bench_cuda
+    from benchmarks.gpt_oss_file import GPT_OSS_20B
     from services.executor.cuda.device import Device
     from services.executor.cuda.runner import CudaRunner
     from services.executor.cuda.weights import CudaWeights
 
     device = Device()
     try:
-        config = replace(bench_cuda.GPT_OSS_20B, num_layers=num_layers)
+        config = replace(GPT_OSS_20B, num_layers=num_layers)
         planned = bench_cuda.plan_random(config)
         weights = CudaWeights(config, planned.tensors, bench_cuda.fill_randomly(device, planned))
         num_blocks = {FULL: NUM_BLOCKS, WINDOW: NUM_BLOCKS}

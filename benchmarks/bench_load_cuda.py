@@ -27,8 +27,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.bench_cuda import GPT_OSS_20B
-from benchmarks.gpt_oss_file import write_file
+from benchmarks.gpt_oss_file import GPT_OSS_20B, write_file
 from mxgpt.child import Child
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc
 from services.loader.cuda.stream import Stream, pin

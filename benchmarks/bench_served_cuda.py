@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench_cuda import GPT_OSS_20B
 from benchmarks.bench_engine import NUM_PROMPT_TOKENS, NUM_TOKENS, SAMPLINGS, measure_on_gpu
-from benchmarks.gpt_oss_file import write_file
+from benchmarks.gpt_oss_file import GPT_OSS_20B, write_file
 from mxgpt import AsyncClient
 from mxgpt.serve import ServeConfig, Supervisor
 

@@ -15,10 +15,27 @@ from numpy.typing import NDArray
 from shared.cuda_layout import is_tiled
 from shared.ggml_type import GGMLType
 from shared.gguf import TensorInfo, read_gguf
-from shared.gpt_config import GPTConfig
+from shared.gpt_config import GPTConfig, RopeConfig
 from shared.layout import round_up
 from shared.quants import CODECS
 
+GPT_OSS_20B = GPTConfig(
+    architecture="gpt-oss",
+    vocab_size=201088,
+    context_length=131072,
+    num_layers=24,
+    hidden_size=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_size=64,
+    ffn_size=2880,
+    norm_epsilon=1e-5,
+    tied_head=False,
+    num_experts=32,
+    num_experts_used=4,
+    sliding_window=128,
+    rope=RopeConfig(150000.0, 32.0, 4096, 32.0, 1.0, 0.1 * math.log(32.0) + 1.0, 1.0),
+)
 TEMPLATE_BYTES = 64 << 20  # of random blocks of each type, which are written again and again, each time from elsewhere
 PIECE_BYTES = 16 << 20
 NUM_WRITERS = 8

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpt_oss_file import GPT_OSS_20B, type_of
 from services.executor.cuda.arrays import Epilogue
 from services.executor.cuda.kernels import modules_of
 from services.executor.cuda.kv import KVLayer, Shape, lay_out
@@ -21,19 +22,8 @@ from shared.cuda_layout import is_tiled, plan
 from shared.ggml_type import GGMLType
 from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS
 
-# gpt-oss-20b but for its vocabulary: the head is only one more matrix.
-OSS_20B = replace(
-    TINY_GPT_OSS,
-    vocab_size=20480,
-    hidden_size=2880,
-    num_heads=64,
-    num_kv_heads=8,
-    head_size=64,
-    ffn_size=2880,
-    num_experts=32,
-    num_experts_used=4,
-    sliding_window=128,
-)
+# Its head is only one more matrix.
+OSS_20B = replace(GPT_OSS_20B, vocab_size=20480, num_layers=TINY_GPT_OSS.num_layers, context_length=4096)
 GPUS = {
     "H100": {"capability": (9, 0), "max_shared_bytes": 232448, "num_multiprocessors": 132},
     "3090": {"capability": (8, 6), "max_shared_bytes": 101376, "num_multiprocessors": 82},
@@ -67,12 +57,6 @@ class RecordedDevice:
         pass
 
 
-def official(name):
-    if name.endswith("_exps.weight"):
-        return GGMLType.MXFP4
-    return GGMLType.Q8_0 if is_tiled(name) else GGMLType.F32
-
-
 def in_half(name):
     return GGMLType.F16 if is_tiled(name) else GGMLType.F32
 
@@ -80,7 +64,7 @@ def in_half(name):
 @pytest.mark.parametrize("gpu", list(GPUS))
 @pytest.mark.parametrize(
     ("config", "type_of"),
-    [(OSS_20B, official), (OSS_20B, in_half), (TINY_GPT_OSS, in_half), (TINY_GPT2, in_half)],
+    [(OSS_20B, type_of), (OSS_20B, in_half), (TINY_GPT_OSS, in_half), (TINY_GPT2, in_half)],
     ids=["gpt-oss-20b", "gpt-oss-20b in half", "tiny gpt-oss", "tiny gpt2"],
 )
 def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
@@ -108,7 +92,7 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
 @pytest.mark.parametrize("gpu", list(GPUS))
 def test_one_stream_takes_six_kernels_a_layer(gpu):
     device = RecordedDevice(**GPUS[gpu])
-    run(device, OSS_20B, make_weights(device, OSS_20B, official), decoding(1))
+    run(device, OSS_20B, make_weights(device, OSS_20B, type_of), decoding(1))
     names = [name for name, *_ in device.launches]
     layer = ["product_one_store_INT8", "attention_decode", "product_one_residual_INT8", "normed_route"]
     layer += ["product_one_swiglu_MXFP4", "product_summed_MXFP4"]

@@ -1,10 +1,12 @@
 """Whole models on the GPU: against transformers' logits, and against the numpy backend."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.gpt_oss_file import GPT_OSS_20B, write_file
 from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
@@ -79,6 +81,17 @@ def test_every_type_of_weight(device, tmp_path, type):
     )
     tokens = np.random.default_rng(4).integers(0, WIDE_GPT_OSS.vocab_size, 70).tolist()
     assert_close(load_cuda(device, path).run(tokens, 33), load_runner(path).run(tokens, 70), type.name)
+
+
+def test_two_layers_of_gpt_oss_20b(device, tmp_path):
+    """Its full width and vocabulary, in the official file's types; a window's layer and a full one, past the window."""
+    path = tmp_path / "model.gguf"
+    write_file(path, replace(GPT_OSS_20B, num_layers=2, context_length=4096))
+    tokens = np.random.default_rng(7).integers(0, GPT_OSS_20B.vocab_size, 160).tolist()
+    expected = load_runner(path, float32_budget=0).run(tokens, 160)
+    runner = load_cuda(device, path)
+    for chunk in (160, 64, 1):
+        assert_close(runner.run(tokens, chunk), expected, f"by {chunk}")
 
 
 @pytest.mark.parametrize("config", [TINY_GPT2, TINY_GPT_OSS], ids=["gpt2", "gpt-oss"])
