@@ -6,8 +6,9 @@ ids lie in it, merges join two tokens to a third), so that whoever builds a toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from shared.errors import Reason, ServiceError
@@ -80,7 +81,7 @@ def tokenizer_data_from_gguf(
     """
     metadata = gguf.metadata
     kind = metadata.get_str("tokenizer.ggml.model")
-    tokens, known = _tokens(metadata)
+    tokens, ids = _tokens(metadata)
     eos_token_id = _special_id(metadata, "eos", len(tokens))
     architecture = metadata.get_str("general.architecture")
     return TokenizerData(
@@ -91,13 +92,13 @@ def tokenizer_data_from_gguf(
         pre=metadata.get_str("tokenizer.ggml.pre", ""),
         tokens=tokens,
         token_types=_token_types(metadata, len(tokens)),
-        merges=_merges(metadata, known) if kind == BPE_KIND else (),
+        merges=_merges(metadata, ids) if kind == BPE_KIND else (),
         tokenizer_json=tokenizer_json,
         bos_token_id=_special_id(metadata, "bos", len(tokens)),
         eos_token_id=eos_token_id,
         pad_token_id=_special_id(metadata, "padding", len(tokens)),
         eog_token_ids=end_of_generation_ids(
-            tokens, (eos_token_id, _special_id(metadata, "eot", len(tokens)), _special_id(metadata, "eom", len(tokens)))
+            ids, (eos_token_id, _special_id(metadata, "eot", len(tokens)), _special_id(metadata, "eom", len(tokens)))
         ),
         chat_template=_chat_template(metadata),
         context_length=metadata.get_int(f"{architecture}.context_length", minimum=1, maximum=2**31 - 1),
@@ -105,16 +106,16 @@ def tokenizer_data_from_gguf(
     )
 
 
-def end_of_generation_ids(tokens: Sequence[str], named_ids: Sequence[int | None]) -> tuple[int, ...]:
-    """The ids that end generation, ascending: those named by the metadata and those spelled like one.
+def end_of_generation_ids(ids: Mapping[bytes, int], named_ids: Sequence[int | None]) -> tuple[int, ...]:
+    """The ids that end generation, ascending: those named by the metadata and those of tokens spelled like one.
 
     In Harmony, that is, where both <|return|> and <|call|> are tokens, <|end|> ends a message and not the answer.
     """
-    found = {text: token_id for token_id, text in enumerate(tokens) if text in END_OF_GENERATION_TEXTS}
-    ids = {token_id for token_id in (*named_ids, *found.values()) if token_id is not None}
+    found = {text: ids[text.encode()] for text in END_OF_GENERATION_TEXTS if text.encode() in ids}
+    ending = {token_id for token_id in (*named_ids, *found.values()) if token_id is not None}
     if all(text in found for text in HARMONY_FINAL_TOKENS):
-        ids.discard(found.get(HARMONY_END, -1))
-    return tuple(sorted(ids))
+        ending.discard(found.get(HARMONY_END, -1))
+    return tuple(sorted(ending))
 
 
 def read_tokenizer_json(path: str | Path) -> bytes:
@@ -129,18 +130,18 @@ def read_tokenizer_json(path: str | Path) -> bytes:
     return data
 
 
-def _tokens(metadata: Metadata) -> tuple[StringArray, set[bytes]]:
-    """The vocabulary, and its tokens' bytes."""
+def _tokens(metadata: Metadata) -> tuple[StringArray, dict[bytes, int]]:
+    """The vocabulary, and its ids by the tokens' bytes."""
     key = "tokenizer.ggml.tokens"
     tokens = metadata.get_strings(key)
     if not 1 <= len(tokens) <= MAX_NUM_TOKENS:
         raise metadata.invalid(key, f"has {len(tokens)} entries, outside [1, {MAX_NUM_TOKENS}]")
     contents = tokens.all_bytes()
     _check_utf8(metadata, key, contents)
-    known = set(contents)
-    if len(known) != len(tokens):
-        raise metadata.invalid(key, f"has {len(tokens) - len(known)} tokens that repeat an earlier one")
-    return tokens, known
+    ids = dict(zip(contents, range(len(contents)), strict=True))
+    if len(ids) != len(tokens):
+        raise metadata.invalid(key, f"has {len(tokens) - len(ids)} tokens that repeat an earlier one")
+    return tokens, ids
 
 
 def _token_types(metadata: Metadata, num_tokens: int) -> Sequence[int]:
@@ -156,29 +157,31 @@ def _token_types(metadata: Metadata, num_tokens: int) -> Sequence[int]:
     return types
 
 
-def _merges(metadata: Metadata, known: set[bytes]) -> StringArray:
+def _merges(metadata: Metadata, ids: Mapping[bytes, int]) -> StringArray:
     """The merges, each of which joins two of the known tokens to a third."""
     key = "tokenizer.ggml.merges"
     merges = metadata.get_strings(key)
     contents = merges.all_bytes()
     _check_utf8(metadata, key, contents)
-    if not _all_join(contents, known):
+    if not _all_join(contents, ids):
         for rank, merge in enumerate(contents):
             left, _, right = merge.partition(b" ")
-            if left not in known or right not in known or left + right not in known or not left or not right:
+            if left not in ids or right not in ids or left + right not in ids or not left or not right:
                 raise metadata.invalid(
                     key, f"entry {rank}, {merge.decode()!r:.100}, does not join two tokens to a third"
                 )
     return merges
 
 
-def _all_join(merges: Sequence[bytes], known: set[bytes]) -> bool:
-    """Whether each merge joins two tokens without spaces to a third: a few calls, where a loop over half a million
+def _all_join(merges: Sequence[bytes], ids: Mapping[bytes, int]) -> bool:
+    """Whether each merge joins two tokens without spaces to a third: calls in C alone, where a loop over half a million
     merges takes longer than reading the weights."""
-    if not all(merge.count(b" ") == 1 for merge in merges):
+    if not set(map(bytes.count, merges, repeat(b" "))) <= {1}:
         return False
     parts = set(b" ".join(merges).split(b" ")) if merges else set()
-    return b"" not in parts and parts <= known and {merge.replace(b" ", b"") for merge in merges} <= known
+    is_known = ids.__contains__
+    joined = map(bytes.replace, merges, repeat(b" "), repeat(b""))
+    return b"" not in parts and all(map(is_known, parts)) and all(map(is_known, joined))
 
 
 def _check_utf8(metadata: Metadata, key: str, contents: Sequence[bytes]) -> None:

@@ -21,7 +21,7 @@ from services.loader.leases import Leases
 from services.loader.loaded_model import LoadedModel
 from services.loader.loading import LoadOptions, Source, Stage, default_name, load_model
 from services.loader.store import ModelStore
-from services.loader.tokenizer_check import TokenizerCheck
+from services.loader.tokenizer_check import TokenizerChecks
 from shared.config import ServerConfig
 from shared.digest import PIECE_BYTES, READ_BYTES, StoppedError, digest_of
 from shared.errors import Reason, ServiceError
@@ -207,14 +207,20 @@ def test_a_loader_told_to_stop_while_it_loads_ends_in_order(tmp_path: Path) -> N
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("min_file_bytes", [0, 1 << 40], ids=["in a process", "on the spot"])
+@pytest.mark.parametrize(
+    ("min_file_bytes", "keeps_ready"),
+    [(0, False), (0, True), (1 << 40, False)],
+    ids=["in a process", "in one that waits", "on the spot"],
+)
 def test_a_tokenizer_is_checked_beside_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_file_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_file_bytes: int, keeps_ready: bool
 ) -> None:
     monkeypatch.setattr(tokenizer_check, "MIN_FILE_BYTES", min_file_bytes)
+    checks = TokenizerChecks(keeps_ready)
+    checks.make_ready()
 
     def check(path: Path) -> tuple[int, ...]:
-        with TokenizerCheck(path) as checking:
+        with checks.begin(path) as checking:
             return checking.eog_token_ids(read_gguf(path))
 
     path = write_gpt2(tmp_path / "m.gguf")
@@ -225,19 +231,37 @@ def test_a_tokenizer_is_checked_beside_the_weights(
     assert caught.value.reason is Reason.MODEL_INVALID
     assert check(write_model(tmp_path / "none.gguf", WIDE_GPT2)) == ()
     before = num_memfds()
-    options = LoadOptions()
+    options = LoadOptions(tokenizer_checks=checks)
     assert reason_of(lambda: load_model(Source(path, "m"), options, itertools.count(1), lambda _: None, Event())) is (
         Reason.MODEL_INVALID
     )
     assert num_memfds() == before
+    checks.close()
 
 
-def test_a_check_that_nobody_waits_for_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_check_end_with_their_file_or_with_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizer_check, "MIN_FILE_BYTES", 0)
-    with TokenizerCheck(write_gpt2(tmp_path / "m.gguf")) as check:
-        process = check._process
-    assert process is not None
-    assert process.returncode is not None
+    path = write_gpt2(tmp_path / "m.gguf")
+    checks = TokenizerChecks(keeps_ready=True)
+    checks.make_ready()
+    (first,) = checks._waiting
+    with checks.begin(path):  # nobody waits for what it finds
+        assert first.poll() is None
+    assert first.returncode is not None
+    (second,) = checks._waiting
+    second.kill()
+    second.wait()
+    with checks.begin(path) as check:
+        assert check.eog_token_ids(read_gguf(path)) == (WIDE_GPT2.vocab_size - 1,)
+    (third,) = checks._waiting
+    assert third.stdin is not None
+    third.stdin.close()  # as when the loader is killed
+    assert third.wait(30) == 0
+    checks.make_ready()
+    checks.close()
+    assert not checks._waiting
 
 
 def test_phases_are_told_in_order() -> None:

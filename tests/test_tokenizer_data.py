@@ -112,13 +112,16 @@ def test_tokens_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 
 
 def test_ids_that_end_generation() -> None:
-    gpt_oss = dict(enumerate(["a", "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>", "<|end|>"]))
-    assert end_of_generation_ids(list(gpt_oss.values()), (3, None)) == (2, 3, 4)
-    assert end_of_generation_ids(["<|end|>", "<|endoftext|>", "a"], (None,)) == (0, 1)
-    assert end_of_generation_ids(["<|end|>", "<|return|>", "x"], (2,)) == (0, 1, 2)
-    assert end_of_generation_ids(["<|im_end|>", "<|eot_id|>"], ()) == (0, 1)
-    assert end_of_generation_ids(["a", "b"], (1, None)) == (1,)
-    assert end_of_generation_ids(["a", "b"], (None,)) == ()
+    def ids_of(texts: list[str], *named_ids: int | None) -> tuple[int, ...]:
+        return end_of_generation_ids({text.encode(): token_id for token_id, text in enumerate(texts)}, named_ids)
+
+    gpt_oss = ["a", "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>", "<|end|>"]
+    assert ids_of(gpt_oss, 3, None) == (2, 3, 4)
+    assert ids_of(["<|end|>", "<|endoftext|>", "a"], None) == (0, 1)
+    assert ids_of(["<|end|>", "<|return|>", "x"], 2) == (0, 1, 2)
+    assert ids_of(["<|im_end|>", "<|eot_id|>"]) == (0, 1)
+    assert ids_of(["a", "b"], 1, None) == (1,)
+    assert ids_of(["a", "b"], None) == ()
 
 
 def test_harmonys_ids_that_end_generation() -> None:

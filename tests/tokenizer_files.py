@@ -60,7 +60,7 @@ class TrainedTokenizer:
             "bos_token_id": self.id_of("<|startoftext|>"),
             "eos_token_id": self.id_of("<|return|>"),
             "pad_token_id": self.id_of("<|endoftext|>"),
-            "eog_token_ids": end_of_generation_ids(self.tokens, ()),
+            "eog_token_ids": end_of_generation_ids({text.encode(): id for id, text in enumerate(self.tokens)}, ()),
             "chat_template": "",
             "context_length": 256,
             "add_bos_token": False,

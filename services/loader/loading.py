@@ -17,7 +17,7 @@ from threading import Event, Lock
 from services.loader.cpu_memory import CpuMemory
 from services.loader.loaded_model import LoadedModel
 from services.loader.memory import Memory
-from services.loader.tokenizer_check import TokenizerCheck
+from services.loader.tokenizer_check import TokenizerChecks
 from shared.descriptors import close_all
 from shared.digest import StoppedError, digest_of
 from shared.errors import Reason, ServiceError, invalid_field
@@ -79,6 +79,7 @@ class LoadOptions:
     num_threads: int = 4  # that hash
     memory: Memory = field(default_factory=CpuMemory)
     pins: Pins | None = None  # of all files that this loader reads
+    tokenizer_checks: TokenizerChecks = field(default_factory=TokenizerChecks)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def load_model(
     report(Progress(Stage.PARSE))
     phases = Phases()
     _require_below(options.model_root, source.path)
-    with TokenizerCheck(source.path) as check:  # so that a model with a broken tokenizer is not served
+    with options.tokenizer_checks.begin(source.path) as check:  # so that a model with a broken tokenizer is not served
         file, config, planned = plan_model(source.path, options)
         require_pin_count(source.sha256, file)
         source = replace(source, sha256=pins_of(file, source.sha256, options))

@@ -25,6 +25,7 @@ from services.loader.metrics import LoadMetrics, loader_metrics
 from services.loader.provenance import Provenance
 from services.loader.servicer import LoaderServicer, loader_id
 from services.loader.store import ModelStore
+from services.loader.tokenizer_check import TokenizerChecks
 from shared.config import server_config, server_options
 from shared.cuda_memory import device_index
 from shared.errors import ServiceError
@@ -47,7 +48,12 @@ class Loader:
         name = loader_pb2.DESCRIPTOR.services_by_name["LoaderService"].full_name
         self._telemetry = Telemetry(config.telemetry, "loader", name, loader_id())
         self._server = Server(config.server, [name], self._telemetry.calls.denied)
-        options = LoadOptions(config.model_root, config.num_threads, _memory(config), config.pins)
+        # On the CPU weights take longer than any check.
+        self._tokenizer_checks = TokenizerChecks(keeps_ready=device_index(config.device) is not None)
+        self._tokenizer_checks.make_ready()  # beside the GPU's context
+        options = LoadOptions(
+            config.model_root, config.num_threads, _memory(config), config.pins, self._tokenizer_checks
+        )
         self._loads = Loads(self.store, options)
         self._provenance = Provenance(self.store)
         self._handover = Handover(config.socket, config.allowed_uids)
@@ -114,6 +120,7 @@ class Loader:
         """End every call and give all memory back; executors keep what they map."""
         await self._server.stop(self._loads.close)
         await self._provenance.stop()
+        self._tokenizer_checks.close()
         # A socket that stays tells the next loader that executors may bring memory.
         await self._handover.stop(keep_path=self._servicer.has_ended_leases)
         for model in self.store.models:

@@ -6,11 +6,13 @@ it is checked in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from shared.errors import Reason, ServiceError
 from shared.gguf import GGUFFile, read_gguf
@@ -19,24 +21,56 @@ from shared.tokenizer_data import tokenizer_data_from_gguf
 MIN_FILE_BYTES = 256 << 20  # of a file that is worth a process
 
 
+class TokenizerChecks:
+    """Begins the checks of one loader.
+
+    Args:
+        keeps_ready: a process waits for the next large file. To start one takes half as long as its work, which matters
+            where weights are there in a second.
+    """
+
+    def __init__(self, keeps_ready: bool = False) -> None:
+        self._keeps_ready = keeps_ready
+        self._waiting: list[subprocess.Popen[bytes]] = []  # one at most
+
+    def make_ready(self) -> None:
+        """Start the process that is to wait, where one is wanted and none does."""
+        if self._keeps_ready and not self._waiting:
+            self._waiting.append(_start())
+
+    @contextlib.contextmanager
+    def begin(self, path: Path) -> Iterator[TokenizerCheck]:
+        """The check of one file, begun now if the file is large."""
+        if not path.is_file() or path.stat().st_size < MIN_FILE_BYTES:
+            yield TokenizerCheck(None)
+            return
+        process = self._waiting.pop() if self._waiting else _start()
+        if process.poll() is not None:  # ended by someone while it waited
+            _end(process)
+            process = _start()
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has failed, as its exit code will tell
+                process.stdin.write(os.fsencode(path))
+                process.stdin.close()
+            yield TokenizerCheck(process)
+        finally:
+            _end(process)
+            self.make_ready()
+
+    def close(self) -> None:
+        """End the process that waits."""
+        for process in self._waiting:
+            _end(process)
+        self._keeps_ready = False
+        self._waiting.clear()
+
+
 class TokenizerCheck:
-    """The check of one file, begun now if the file is large; a context manager, which ends it."""
+    """The check of one file, in a process of its own or, for a small file, when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        if path.is_file() and path.stat().st_size >= MIN_FILE_BYTES:
-            command = [sys.executable, "-m", "services.loader.tokenizer_check", str(path)]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-
-    def __enter__(self) -> TokenizerCheck:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+    def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
+        self._process = process
 
     def eog_token_ids(self, file: GGUFFile) -> tuple[int, ...]:
         """The ids that end generation, ascending; none where the file has no tokenizer. Waits for the check.
@@ -46,9 +80,9 @@ class TokenizerCheck:
         """
         if self._process is None:
             return _check(file)
-        answer, _ = self._process.communicate()
-        code, self._process = self._process.returncode, None
-        if code != 0:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.read()
+        if self._process.wait() != 0:
             raise ServiceError(Reason.INTERNAL, "the process that checks tokenizers has failed; the log says why")
         found = pickle.loads(answer)  # from our own process
         if isinstance(found, ServiceError):
@@ -62,14 +96,31 @@ def _check(file: GGUFFile) -> tuple[int, ...]:
     return tokenizer_data_from_gguf(file, model="", digest="").eog_token_ids
 
 
-def _main(path: Path) -> None:
+def _start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "services.loader.tokenizer_check"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _main() -> None:
+    """Wait for a path, which ends with standard input; without one the loader has ended."""
+    path = os.fsdecode(sys.stdin.buffer.read())
+    if not path:
+        return
     found: tuple[int, ...] | ServiceError
     try:
-        found = _check(read_gguf(path))
+        found = _check(read_gguf(Path(path)))
     except ServiceError as error:
         found = error
     sys.stdout.buffer.write(pickle.dumps(found))
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main()
