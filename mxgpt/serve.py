@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
+import socket
 import tempfile
 import time
 from collections import deque
@@ -28,18 +30,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxgpt.child import Child
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
+from shared.certificates import check_files
 from shared.channel import Channel, open_channel
 from shared.config import ClientConfig, ServerConfig
-from shared.cuda_memory import require_gpu
+from shared.cuda_memory import device_index, require_gpu
 from shared.errors import Reason
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
 from shared.rpc_errors import from_rpc_error
+from shared.telemetry import TelemetryConfig
 
 T = TypeVar("T")
 
 EXECUTOR_PORT, TOKENIZER_PORT, LOADER_PORT = 50051, 50052, 50053
 METRICS_PORT = 9460  # of the loader; tokenizer and executors have the next ones
+LOOPBACK = "127.0.0.1"
+MAX_EXECUTORS = 64
 
 NO_DOOR: dict[str, Any] = {"token": None, "tls_root": None}  # for a client: neither MXGPT_TOKEN nor MXGPT_CA
 
@@ -54,7 +60,7 @@ class ServeConfig:
     """What to serve and where; port 0 picks a free one.
 
     Raises:
-        ValueError: for no executor at all, or what `ServerConfig` refuses.
+        ValueError: for no executor at all, a device that is none, or what `ServerConfig` and `TelemetryConfig` refuse.
     """
 
     model: Path
@@ -81,6 +87,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.num_executors < 1:
             raise ValueError("at least one executor is needed")
+        device_index(self.device)
+        TelemetryConfig(traces=self.traces)
         ServerConfig(
             listen=f"{self.host}:{self.port}",
             tls_certificate=self.tls_certificate,
@@ -89,6 +97,10 @@ class ServeConfig:
             token_files=self.token_files,
             allow_insecure=self.allow_insecure,
         )
+        try:
+            check_files(self.tls_certificate, self.tls_key, self.tls_client_ca)
+        except OSError as error:
+            raise ValueError(str(error)) from error
 
 
 class ServeError(Exception):
@@ -150,8 +162,9 @@ class Supervisor:
 
         Raises:
             ServiceError: for a model that can't be loaded, or a GPU that can't be used.
-            ServeError: for a service that ended instead.
+            ServeError: for a port that is taken, or a service that ended instead.
         """
+        _require_free_ports(self.config)
         require_gpu(self.config.device)
         await asyncio.to_thread(_check_model, self.config.model)
         loader = await self._start_loader()
@@ -215,13 +228,13 @@ class Supervisor:
         socket = Path(self._directory.name) / "loader.sock"
         options = ["--socket", str(socket), "--model", os.path.abspath(config.model), "--device", config.device]
         options += [*_token_options(self._own_keys, *config.token_files), *config.loader_options]
-        return await self._start_child("loader", "loader", f"127.0.0.1:{config.loader_port}", options)
+        return await self._start_child("loader", "loader", f"{LOOPBACK}:{config.loader_port}", options)
 
     async def _start_others(self, loader_address: str) -> None:
         config = self.config
         keys = _token_options(self._own_keys, *config.token_files) if config.token_files else []
         common = ["--loader", loader_address, "--peer-token-file", str(self._own_keys), *keys]
-        tokenizer = await self._start_child("tokenizer", "tokenizer", f"127.0.0.1:{config.tokenizer_port}", common)
+        tokenizer = await self._start_child("tokenizer", "tokenizer", f"{LOOPBACK}:{config.tokenizer_port}", common)
         self.tokenizer_address = await self._or_end(tokenizer.address())
         options = [*common, "--tokenizer", self.tokenizer_address, "--device", config.device]
         options += ["--drain-seconds", str(config.drain_seconds), *_tls_options(config), *config.executor_options]
@@ -259,7 +272,7 @@ class Supervisor:
         if config.traces is not None:
             options += ["--traces", config.traces]
         if config.metrics_port is not None:
-            options += ["--metrics", f"127.0.0.1:{config.metrics_port and config.metrics_port + len(self._children)}"]
+            options += ["--metrics", f"{LOOPBACK}:{config.metrics_port and config.metrics_port + len(self._children)}"]
         return options
 
     async def _watch(self, child: Child) -> None:
@@ -354,6 +367,35 @@ def _check_model(path: Path) -> None:
     """
     gguf = read_gguf(path)
     GPTConfig.from_gguf(gguf).check_tensors(gguf)
+
+
+def _require_free_ports(config: ServeConfig) -> None:
+    """Refuse ports that are taken before anything is started.
+
+    Raises:
+        ServeError: naming the address and its option.
+    """
+    wanted = [(config.host, config.port, "--port")]
+    wanted += [(LOOPBACK, config.tokenizer_port, "--tokenizer-port"), (LOOPBACK, config.loader_port, "--loader-port")]
+    if config.metrics_port:
+        ports = range(config.metrics_port, config.metrics_port + 2 + config.num_executors)
+        wanted += [(LOOPBACK, port, "--metrics-port") for port in ports]
+    for host, port, option in wanted:
+        try:
+            if port:
+                _bind(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ServeError(f"can't listen on {host}:{port} ({option}): {error.strerror}") from None
+            who = "perhaps by another `mxgpt serve`; give another port, or --port 0 for free ones"
+            raise ServeError(f"{host}:{port} ({option}) is in use, {who}") from None
+
+
+def _bind(host: str, port: int) -> None:
+    family, type_, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, type_, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: connections that ended don't count
+        probe.bind(address)
 
 
 def _make_keys(directory: Path, token: str) -> Path:

@@ -45,7 +45,7 @@ def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials:
         OSError: as for `server_credentials`.
     """
     assert config.tls_root is not None
-    _check_files(config.tls_certificate, config.tls_key, config.tls_root)
+    check_files(config.tls_certificate, config.tls_key, config.tls_root)
     return grpc.ssl_channel_credentials(
         root_certificates=config.tls_root.read_bytes(),
         private_key=config.tls_key.read_bytes() if config.tls_key else None,
@@ -56,14 +56,14 @@ def channel_credentials(config: ClientConfig) -> grpc.ChannelCredentials:
 def _read(config: ServerConfig) -> Any:
     assert config.tls_certificate is not None
     assert config.tls_key is not None
-    _check_files(config.tls_certificate, config.tls_key, config.tls_client_ca)
+    check_files(config.tls_certificate, config.tls_key, config.tls_client_ca)
     return grpc.ssl_server_certificate_configuration(
         [(config.tls_key.read_bytes(), config.tls_certificate.read_bytes())],
         root_certificates=config.tls_client_ca.read_bytes() if config.tls_client_ca else None,
     )
 
 
-def _check_files(certificate: Path | None, key: Path | None, authority: Path | None) -> None:
+def check_files(certificate: Path | None, key: Path | None, authority: Path | None) -> None:
     """Find out with OpenSSL what gRPC would only hint at in its own log.
 
     Raises:

@@ -21,17 +21,17 @@ GET_DRIVER = "install NVIDIA's driver, 580 or later, and mxgpt[cuda]"
 
 
 def device_index(device: str) -> int | None:
-    """N of "cuda:N"; None for "cpu".
+    """N of "cuda:N", 0 of "cuda"; None for "cpu".
 
     Raises:
         ValueError: for any other name.
     """
     if device == "cpu":
         return None
-    match = re.fullmatch(r"cuda:(\d+)", device)
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
         raise ValueError(f"--device: {device!r} is neither 'cpu' nor 'cuda:N'")
-    return int(match[1])
+    return int(match[1] or 0)
 
 
 def driver_api() -> Any:

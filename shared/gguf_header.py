@@ -195,13 +195,14 @@ def _read_tensors(reader: HeaderReader, num_tensors: int, file_index: int, align
             reader.refuse(reader.position - 8, f"tensor {name!r} has offset {offset}, and {expected} comes next")
         end = offset + num_bytes
         if end > reader.size:
-            reader.refuse(start, f"tensor {name!r} takes {num_bytes} bytes, and the file has {reader.size}")
+            what = f"tensor {name!r} takes {num_bytes} bytes, which end past the file's {reader.size}"
+            reader.refuse(start, f"{what}: it is cut off, or not what it says")
         tensors[name] = TensorInfo(name, shape, type_, file_index, offset, num_bytes)
     data_start = _align(reader.position, alignment)
     for name, tensor in tensors.items():
         end = data_start + tensor.offset + tensor.num_bytes
         if end > reader.size:
-            reader.refuse(reader.size, f"the file ends here, and tensor {name!r} at byte {end}")
+            reader.refuse(reader.size, f"the file ends here, and tensor {name!r} at byte {end}: it is cut off")
         tensors[name] = replace(tensor, offset=data_start + tensor.offset)
     return tensors
 

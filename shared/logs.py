@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from types import TracebackType
 
 FORMATS = ("text", "json")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -26,7 +27,7 @@ def set_up_logs(service: str, level: str = "INFO", log_format: str = "text", *, 
 
     Args:
         service: named in each record.
-        level: the least one that is written.
+        level: the least one that is written, of LEVELS.
         log_format: one of FORMATS.
         with_content: write what exceptions say, which may quote what a client sent; else only where they come from.
     """

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from shared.calls import Calls
 from shared.config import ServerConfig, is_local
-from shared.logs import FORMATS, set_up_logs
+from shared.logs import FORMATS, LEVELS, set_up_logs
 from shared.tracing import NoTracing, Tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,7 +72,7 @@ def telemetry_options(command: F) -> F:
     for option in (
         click.option("--log-content", is_flag=True, help="Prompts and answers in logs, too."),
         click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True),
-        click.option("--log-level", default="INFO", show_default=True),
+        click.option("--log-level", type=click.Choice(LEVELS, case_sensitive=False), default="INFO", show_default=True),
         traces_option,
         click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there. Default: nowhere."),
     ):
@@ -137,15 +137,16 @@ class Telemetry:
         if self.config.metrics is None:
             return lambda: None
         host, _, port = self.config.metrics.rpartition(":")
+        has_tls = server.tls_certificate is not None and not is_local(self.config.metrics)
         try:
             httpd, thread = start_http_server(
                 int(port),
                 host.strip("[]"),
                 self.registry,
-                certfile=_text(server.tls_certificate),
-                keyfile=_text(server.tls_key),
-                client_cafile=_text(server.tls_client_ca),
-                client_auth_required=server.tls_client_ca is not None,
+                certfile=_text(server.tls_certificate) if has_tls else None,
+                keyfile=_text(server.tls_key) if has_tls else None,
+                client_cafile=_text(server.tls_client_ca) if has_tls else None,
+                client_auth_required=has_tls and server.tls_client_ca is not None,
             )
         except OSError as error:
             raise OSError(f"metrics can't be served on {self.config.metrics}: {error}") from error

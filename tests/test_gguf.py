@@ -452,7 +452,7 @@ class TestTensorRefusals:
     def test_tensors_that_end_past_the_file(self, tmp_path, missing):
         whole = gguf_bytes({"text": "x" * 200}, {"t": (np.ones(32, np.float32), F32)})
         found = refusal(tmp_path, whole[:-missing])
-        assert found.message == f"the file ends here, and tensor 't' at byte {len(whole)}."
+        assert found.message == f"the file ends here, and tensor 't' at byte {len(whole)}: it is cut off."
 
     def test_padding_after_the_last_tensor_may_be_missing(self, tmp_path):
         whole = gguf_bytes({}, {"t": (np.ones(31, np.float32), F32)})

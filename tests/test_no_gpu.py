@@ -52,7 +52,8 @@ def test_the_engine_refuses() -> None:
 def test_devices_have_names() -> None:
     assert device_index("cpu") is None
     assert device_index("cuda:12") == 12
+    assert device_index("cuda") == 0
     assert layouts_of("cuda:1") == ("cuda.v1",)
-    for name in ("cuda", "cuda:", "cuda:-1", "gpu:0", "cuda:0x"):
+    for name in ("cuda:", "cuda:-1", "gpu:0", "cuda:0x"):
         with pytest.raises(ValueError, match="neither"):
             device_index(name)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from tests.stack import ROOT
 
 TLS = ROOT / "tests" / "tls"
 MXGPT = [sys.executable, "-m", "mxgpt"]
-ANY_PORTS = ["--port", "0", "--tokenizer-port", "0", "--loader-port", "0"]
+ANY_PORTS = ["--port", "0"]
 CHILDREN = ("loader", "tokenizer", "executor")
 
 
@@ -373,9 +374,47 @@ def test_a_bad_model_is_one_line(tmp_path, content, said):
 
 def test_a_port_in_use_is_reported(served):
     port = served.address.rpartition(":")[2]
-    code, out, err = mxgpt("serve", "--port", port, "--tokenizer-port", "0", "--loader-port", "0")
-    assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith("mxgpt: the executor ended with exit code")
+    for options in (["--port", port], ["--port", "0", "--loader-port", port], ["--port", "0", "--metrics-port", port]):
+        code, out, err = mxgpt("serve", *options)
+        assert (code, out) == (1, "")
+        (line,) = err.splitlines()
+        assert f"127.0.0.1:{port} ({options[-2]}) is in use" in line
+    code, _, err = mxgpt("serve", "--port", "0", "--host", "192.0.2.1", "--allow-insecure")
+    assert code == 1
+    assert "192.0.2.1" in err
+
+
+def test_with_a_port_of_its_own_the_others_are_free_ones(demo_gpt2):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*MXGPT, "serve", "--model", str(demo_gpt2), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().split()[-1] == f"127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "gpu"], "'gpu' is neither 'cpu' nor 'cuda:N'"),
+        (["--log-level", "LOUD"], "'LOUD' is not one of"),
+        (["--token-file", "no-such-file"], "'no-such-file' does not exist"),
+        (["--pins", "no-such-file"], "'no-such-file' does not exist"),
+        (["--traces", "nonsense"], "--traces"),
+        (["--tls-certificate", "tests/tls/server.pem", "--tls-key", "tests/tls/client.key"], "can't do TLS with"),
+        (["--tls-certificate", "README.md", "--tls-key", "tests/tls/client.key"], "can't do TLS with README.md"),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_options_that_can_not_be_are_usage_errors(options, said):
+    code, out, err = mxgpt("serve", *ANY_PORTS, *options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert "mxgpt serve --help" in err
 
 
 def test_with_json_logs_every_line_is_an_object(demo_gpt2):

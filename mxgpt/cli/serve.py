@@ -18,17 +18,18 @@ from mxgpt.cli.terminal import dim, progress
 from mxgpt.serve import (
     EXECUTOR_PORT,
     LOADER_PORT,
+    MAX_EXECUTORS,
     METRICS_PORT,
     TOKENIZER_PORT,
     ServeConfig,
     ServeError,
     Supervisor,
 )
-from shared.logs import FORMATS, json_line
+from shared.logs import FORMATS, LEVELS, json_line
 from shared.telemetry import traces_option
 
 _PORT = click.IntRange(0, 65535)
-_FILE = click.Path(path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(
@@ -44,19 +45,20 @@ Examples:
 Logs go to stderr, each line marked with its service; stdout has one line, once requests can be served.
 Ctrl-C or SIGTERM lets running requests finish (--drain-seconds) and stops everything; a second Ctrl-C does not wait.
 A service that dies is reported and started again, up to five times a minute; one that can't start ends the command.
-Metrics are served on loopback: the loader's on --metrics-port, the tokenizer's and executors' on the next ones. The
-default is 9460, where `mxgpt top` looks, or none at all if --port is not its default.
+Loader and tokenizer listen on ports 50053 and 50052, or on any free ones if --port is not its default. Metrics are
+served on loopback: the loader's on --metrics-port, the tokenizer's and executors' on the next ones. The default is
+9460, where `mxgpt top` looks, or none at all if --port is not its default.
 Certificates are for executors (docs/security.md); loader and tokenizer stay on loopback, the loader behind a key.
 """
 )
 @click.option("--model", type=click.Path(path_type=Path), help="GGUF file, or the first of its shards. Default: demo.")
-@click.option("--pins", type=click.Path(path_type=Path), help="Load only files of this list, as sha256sum writes it.")
-@click.option("--device", default="cpu", show_default=True, help='"cpu", or a GPU as "cuda:0".')
+@click.option("--pins", type=_FILE, help="Load only files of this list, as sha256sum writes it.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", or a GPU as "cuda" or "cuda:1".')
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface that executors listen on.")
 @click.option("--port", type=_PORT, default=EXECUTOR_PORT, show_default=True, help="0 picks a free one.")
-@click.option("--tokenizer-port", type=_PORT, default=TOKENIZER_PORT, show_default=True, help="On loopback.")
-@click.option("--loader-port", type=_PORT, default=LOADER_PORT, show_default=True, help="On loopback.")
-@click.option("--executors", "num_executors", type=click.IntRange(1, 64), default=1, show_default=True)
+@click.option("--tokenizer-port", type=_PORT, help="On loopback; see below.")
+@click.option("--loader-port", type=_PORT, help="On loopback; see below.")
+@click.option("--executors", "num_executors", type=click.IntRange(1, MAX_EXECUTORS), default=1, show_default=True)
 @click.option("--tls-certificate", type=_FILE, help="PEM chain to serve TLS with.")
 @click.option("--tls-key", type=_FILE, help="PEM key of the certificate.")
 @click.option("--tls-client-ca", type=_FILE, help="PEM authority that clients must show.")
@@ -69,7 +71,7 @@ Certificates are for executors (docs/security.md); loader and tokenizer stay on 
 @click.option("--drain-seconds", type=float, default=30.0, show_default=True, help="What running requests get.")
 @click.option("--metrics-port", type=_PORT, help="On loopback; see below. 0 picks free ones.")
 @traces_option
-@click.option("--log-level", default="INFO", show_default=True)
+@click.option("--log-level", type=click.Choice(LEVELS, case_sensitive=False), default="INFO", show_default=True)
 @click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
 @click.option("--log-content", is_flag=True, help="Prompts and answers, too.")
 @click.pass_context
@@ -83,15 +85,20 @@ def serve(
     kv_memory_mib: int | None,
     float32_budget_mib: int | None,
     metrics_port: int | None,
+    loader_port: int | None,
+    tokenizer_port: int | None,
     **options: object,
 ) -> None:
     """Load a model and serve it: loader, tokenizer and executor, as processes of their own."""
+    is_default = options["port"] == EXECUTOR_PORT
     of_executors = {"--threads": threads, "--max-context": max_context, "--kv-memory-mib": kv_memory_mib}
     try:
         config = ServeConfig(
             model=model or find_model(),
             executor_options=_given(of_executors),
-            metrics_port=METRICS_PORT if metrics_port is None and options["port"] == EXECUTOR_PORT else metrics_port,
+            metrics_port=METRICS_PORT if metrics_port is None and is_default else metrics_port,
+            loader_port=(LOADER_PORT if is_default else 0) if loader_port is None else loader_port,
+            tokenizer_port=(TOKENIZER_PORT if is_default else 0) if tokenizer_port is None else tokenizer_port,
             loader_options=_given({"--float32-budget-mib": float32_budget_mib, "--pins": pins and pins.absolute()}),
             **options,  # type: ignore[arg-type]  # click's options have the names and types of the fields
         )

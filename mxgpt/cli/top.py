@@ -20,11 +20,11 @@ from rich.live import Live
 
 from mxgpt.cli.failures import OK, UNAVAILABLE
 from mxgpt.cli.terminal import has_colours, is_terminal, printable
-from mxgpt.serve import METRICS_PORT
+from mxgpt.serve import MAX_EXECUTORS, METRICS_PORT
 from mxgpt.top.history import History
 from mxgpt.top.view import render
 
-_NUM_DEFAULT_PORTS = 8  # tried without addresses: loader, tokenizer, six executors
+_NUM_DEFAULT_PORTS = 2 + MAX_EXECUTORS  # tried without addresses: those that `mxgpt serve` may have
 _PATH = click.Path(path_type=Path, dir_okay=False)
 
 
