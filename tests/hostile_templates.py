@@ -104,4 +104,5 @@ ORDINARY = (
     "{% generation %}x{% endgeneration %}{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('<b>') }}{{ missing is defined }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = loop.index %}{% endfor %}{{ ns.n }}",
     "{{ bos_token }}{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m['content'].split(' ')[0] | trim }}{% endfor %}",
+    "{% set größe = 3 %}{{ größe }}",
 )

@@ -107,6 +107,7 @@ def test_a_caller_that_gives_up_takes_its_worker_along() -> None:
         ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('<b>') }}{{ missing }}{{ missing is defined }}", "[<b>]False"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
         ("{{ messages[0]['content'].split(' ')[0].upper() | trim }}{{ messages | length }}", "HÉ1"),
+        ("{% set größe = 3 %}{{ größe }}", "3"),
     ],
 )
 def test_what_templates_of_hugging_face_models_use(template: str, text: str) -> None:

@@ -149,6 +149,7 @@ def _warm_up(renderer: Renderer) -> None:
     assert "text" in renderer.answer(request)
     assert "error" in renderer.answer({**request, "template": "{{ messages.__class__ }}"})
     assert "error" in renderer.answer({**request, "template": "{{ messages | no_such_filter }}"})
+    renderer.answer({**request, "template": "{{ é }}"})  # a name that CPython's compiler has to normalise
     for name in renderer.environment.filters:
         renderer.answer({**request, "template": f"{{{{ 'é' | {name} }}}}"})
 
