@@ -15,6 +15,7 @@ from services.executor.request import (
     FinishReason,
     Logprobs,
     OutputFinished,
+    PromptScored,
     Request,
     RequestStarted,
     Sampling,
@@ -30,7 +31,7 @@ class Engine:
     """Draws tokens for a call by hand, and notes which outputs the call has cancelled."""
 
     def __init__(self, num_outputs: int = 1) -> None:
-        self.cancelled: list[int] = []
+        self.cancelled: list[int | None] = []
         request = Request("7", (1, 2, 3), Sampling(seed=1, num_outputs=num_outputs), Stopping(max_tokens=100))
         no_pipe: Any = None
         self.generation = Generation(
@@ -41,7 +42,7 @@ class Engine:
             form=IDS_ALONE,
             vocabulary=None,
             pipe=no_pipe,
-            cancel_output=self.cancelled.append,
+            cancel=self.cancelled.append,
             on_finished=lambda _finished, _num_resumed: None,
             delta_interval=lambda: 0.0,
         )
@@ -101,13 +102,41 @@ def test_a_client_that_lags_too_far_behind_is_given_up(
     assert engine.cancelled == []
     for _ in range(10):
         engine.draw(0, 5, logprobs)
-    assert engine.cancelled == [0], "told at once, and once"
+    assert engine.cancelled == [None], "told at once, and once"
     engine.finish(0)  # under way when it was cancelled
     responses, error = engine.read()
     assert error is not None
     assert error.reason is Reason.CLIENT_STALLED
     assert sum(len(response.delta.token_ids) for response in responses) == num_kept + 1
     assert all(response.WhichOneof("event") != "finished" for response in responses)
+
+
+def test_scores_of_a_prompt_go_out_as_they_come_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_UNREAD", 64)
+    engine = Engine()
+    scores = tuple(Logprobs(5, -1.0, ((5, -1.0), (6, -2.0))) for _ in range(10))  # four entries each
+
+    async def read() -> list[str | None]:
+        responses = engine.generation.responses()
+        engine.generation.on_event(PromptScored("7", 1, scores))
+        return [(await anext(responses)).WhichOneof("event") for _ in range(2)]
+
+    assert asyncio.run(asyncio.wait_for(read(), 5.0)) == ["started", "prompt_logprobs"], "before the first token"
+    for start in (11, 21):
+        assert engine.cancelled == []
+        engine.generation.on_event(PromptScored("7", start, scores))
+    assert engine.cancelled == [None]
+    _, error = engine.read()
+    assert error is not None
+    assert error.reason is Reason.CLIENT_STALLED
+
+
+def test_a_call_that_fails_rids_the_engine_of_it_at_once() -> None:
+    """Not only when its client has read what is pending: by an id, by another call that resumes it, by a drain."""
+    engine = Engine()
+    engine.draw(0, 1)
+    engine.generation.fail(ServiceError(Reason.CANCELLED, "by its id"))
+    assert engine.cancelled == [None]
 
 
 def test_a_client_that_reads_may_get_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

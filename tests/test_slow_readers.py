@@ -68,6 +68,23 @@ def test_a_client_that_stops_reading_is_given_up_and_others_read_on(impatient: S
             assert len(token_ids) < 1000
 
 
+def test_a_stream_is_cancelled_at_once_whether_it_is_read_or_not(stack: Stack) -> None:
+    with (
+        grpc.insecure_channel(stack.address, SMALL_WINDOWS) as slow_channel,
+        grpc.insecure_channel(stack.address) as channel,
+    ):
+        request = executor_pb2.GenerateRequest()
+        request.CopyFrom(MANY_BYTES)
+        request.request_id, request.sampling.n = "unread", 4
+        call = stub_of(slow_channel).Generate(request)
+        next(iter(call))
+        time.sleep(0.5)  # what connections hold is full, and a write waits
+        stub = stub_of(channel)
+        stub.Cancel(executor_pb2.CancelRequest(request_id="unread"), timeout=10)
+        until(lambda: is_idle(stub), 2.0)
+        call.cancel()
+
+
 def test_a_client_that_never_reads_does_not_hold_up_a_drain(demo_gpt_oss: Path) -> None:
     options = ["--write-stall-seconds", "60", "--drain-seconds", "1"]
     with (

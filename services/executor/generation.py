@@ -83,7 +83,7 @@ class Generation:
         request: as the engine gets it; its id is the engine's, unique in this process.
         request_id: the caller's id for it.
         caller: whose call it is; nobody else can cancel or take it over.
-        cancel_output: tells the engine that an output, by index, is over.
+        cancel: tells the engine that an output, by index, is over, or with None the whole request.
         on_finished: told each output's Finished, and how many of its tokens were resumed.
         delta_interval: seconds that Deltas of a stream are apart now, at least.
     """
@@ -97,7 +97,7 @@ class Generation:
         form: Form,
         vocabulary: Vocabulary | None,
         pipe: TextPipe,
-        cancel_output: Callable[[int], None],
+        cancel: Callable[[int | None], None],
         on_finished: Callable[[Any, int], None],
         delta_interval: Callable[[], float],
     ) -> None:
@@ -108,7 +108,7 @@ class Generation:
         self._form = form
         self._vocabulary = vocabulary
         self._pipe = pipe
-        self._cancel_output = cancel_output
+        self._cancel = cancel
         self._on_finished = on_finished
         self._arrival = time.monotonic()
         self._queue_seconds = 0.0
@@ -162,9 +162,10 @@ class Generation:
             self.fail(event.error)
 
     def fail(self, error: ServiceError) -> None:
-        """End the stream with an error, after what is pending."""
+        """End the stream with an error, after what is pending; the engine need not wait until that is read."""
         if self._error is None:
             self._error = error
+            self._cancel(None)
             self._outbox.wake()
 
     def nothing_to_run(self) -> bool:
@@ -183,8 +184,9 @@ class Generation:
         self._error = None  # its traceback leads back here: the collector would find the circle only much later
 
     def _open_texts(self) -> None:
+        assert self._vocabulary is not None
         options = TextOptions(
-            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_token_ids=self._vocabulary.unfinished(self.request.prompt_token_ids, self._form.harmony),
             stop_strings=self._form.stop_strings,
             min_tokens=self.request.stopping.min_tokens,
             harmony=self._form.harmony,
@@ -226,7 +228,9 @@ class Generation:
         for first in range(0, len(event.logprobs), NUM_PROMPT_LOGPROBS_PER_MESSAGE):
             piece = event.logprobs[first : first + NUM_PROMPT_LOGPROBS_PER_MESSAGE]
             message = executor_pb2.PromptLogprobs(start=event.start + first, logprobs=map(_logprobs_proto, piece))
-            self._outbox.put(executor_pb2.GenerateResponse(prompt_logprobs=message))
+            self._outbox.put(executor_pb2.GenerateResponse(prompt_logprobs=message), sum(map(_num_entries, piece)))
+        self._outbox.wake()
+        self._require_reader()
 
     def _on_text(self, output: _Output, text: Any) -> None:
         if self._error is not None:
@@ -236,7 +240,7 @@ class Generation:
         if text.stopped:
             output.waiting.clear()
             if output.engine_finish is None:
-                self._cancel_output(output.index)
+                self._cancel(output.index)
             self._finish(output, matched_stop=text.matched_stop)
         elif text.finished:
             assert not output.waiting, "the tokenizer finished a sequence and kept ids back"
@@ -254,17 +258,13 @@ class Generation:
         if self._form.token_ids:
             delta.token_ids.extend(token_id for token_id, _ in released)
         delta.logprobs.extend(_logprobs_proto(logprobs) for _, logprobs in released if logprobs is not None)
-        num_entries = sum(1 if logprobs is None else 2 + len(logprobs.top) for _, logprobs in released)
-        self._outbox.grow(pending, num_entries)
-        if self._outbox.num_unread > MAX_UNREAD:
-            self._give_up_client()
+        self._outbox.grow(pending, sum(_num_entries(logprobs) for _, logprobs in released))
+        self._require_reader()
 
-    def _give_up_client(self) -> None:
-        """End the stream of a client that lags too far behind; the engine need not wait until that is told."""
-        if self._error is None:
+    def _require_reader(self) -> None:
+        """End the stream of a client that lags too far behind."""
+        if self._outbox.num_unread > MAX_UNREAD:
             self.fail(ServiceError(Reason.CLIENT_STALLED, f"the client lags {MAX_UNREAD} ids and logprobs behind"))
-            for index in self._outputs:
-                self._cancel_output(index)
 
     def _finish(self, output: _Output, matched_stop: str | None) -> None:
         output.finished = True
@@ -318,6 +318,11 @@ class Generation:
             num_cached_tokens=self._num_cached_tokens,
         )
         return executor_pb2.GenerateResponse(started=started)
+
+
+def _num_entries(logprobs: Logprobs | None) -> int:
+    """Ids and log-probabilities of one token in a message."""
+    return 1 if logprobs is None else 2 + len(logprobs.top)
 
 
 def _logprobs_proto(logprobs: Logprobs) -> Any:

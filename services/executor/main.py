@@ -53,7 +53,6 @@ class Executor:
         self._engine = EngineClient(self._servicer.on_events)
         self._loader = LoaderClient(config.loader, config.peers)
         self._tokenizer_channel = open_channel(config.tokenizer, config.peers)
-        self._tasks: list[asyncio.Task[Any]] = []
         self._pipe: TextPipe | None = None
         self._lease: Span = NO_SPAN
         self._of_model: list[Metric] = []  # metrics that do not change
@@ -73,20 +72,21 @@ class Executor:
             await self._server.set_health(peer, False)
         log.info("listening on %s", address)
         print(f"executor listening on {address}", flush=True)
-        self._tasks.append(asyncio.create_task(self._bring_up()))
+        bring_up = asyncio.create_task(self._bring_up())
         serving = asyncio.create_task(self._server.serve(self._servicer.drained))
         engine_gone = asyncio.create_task(self._engine.gone.wait())
-        bring_up = self._tasks[0]
         await asyncio.wait([serving, engine_gone, _failure_of(bring_up)], return_when=asyncio.FIRST_COMPLETED)
         failed = not serving.done()
         if failed:
             await self._report_failure(bring_up)
             serving.cancel()
+        bring_up.cancel()
         await self._stop()
         engine_gone.cancel()
         return 1 if failed else 0
 
     async def _bring_up(self) -> None:
+        """Attach, start the engine, serve, and keep in touch with tokenizer and loader; ends only where that fails."""
         phases = Phases(since_start=True)
         phases.lap("interpreter and imports")
         attachment = await self._attach()
@@ -108,13 +108,11 @@ class Executor:
         kv_bytes = self._config.kv_bytes(manifest.config, engine_config)
         self._of_model += model_metrics(manifest, self._config.name, self._config.device, kv_bytes)
         ProcessCollector("mxgpt_executor_engine", lambda: self._engine.process_id, registry=self._telemetry.registry)
-        self._tasks.append(asyncio.create_task(pipe.run()))
-        self._tasks.append(asyncio.create_task(self._watch_loader()))
-        self._tasks.append(asyncio.create_task(self._watch_tokenizer(tokenizer)))
         log.info(
             "serving %s (%s) with %d KV blocks; %s",
             manifest.model, manifest.digest, sum(engine_config.num_blocks.values()), phases,
         )  # fmt: skip
+        await asyncio.gather(pipe.run(), self._watch_loader(), self._watch_tokenizer(tokenizer))
 
     async def _attach(self) -> Attachment:
         """Attach as soon as the loader is there and has the model; any service may start first."""
@@ -180,11 +178,9 @@ class Executor:
             log.error("can't serve", exc_info=error)
         else:
             log.error("the engine process has ended")
-            self._servicer.generations.fail_all(engine_gone())
+        self._servicer.generations.fail_all(engine_gone())
 
     async def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
         await self._engine.stop()
         await self._loader.close()
         await self._tokenizer_channel.close()

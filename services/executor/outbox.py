@@ -17,7 +17,7 @@ class Pending:
     """A message that waits for the client to read what came before it."""
 
     response: Any  # GenerateResponse
-    num_entries: int = 0  # ids and log-probabilities of a Delta, ids that are not sent included
+    num_entries: int = 0  # its ids and log-probabilities, ids that are not sent included
 
 
 class Outbox:
@@ -48,9 +48,10 @@ class Outbox:
         """Let `wait` return at once."""
         self._wake.set()
 
-    def put(self, response: Any) -> None:
+    def put(self, response: Any, num_entries: int = 0) -> None:
         """Add a message that is complete; it goes out with what is sent next."""
-        self._pending.append(Pending(response))
+        self._pending.append(Pending(response, num_entries))
+        self.num_unread += num_entries
 
     def delta(self, index: int, channel: str, recipient: str) -> Pending:
         """The Delta of an output that takes what comes now, a new one if the last went out or is of another channel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import uuid
 from collections.abc import Sequence
@@ -152,8 +153,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
                 content_log.close()
             self.generations.remove(generation)
             generation.close()
-            if not model.engine.gone.is_set():
-                model.engine.cancel(generation.request.request_id)
+            model.cancel(generation.request.request_id, None)
 
     def _model_for(self, name: str) -> _Model:
         model = self._model
@@ -202,9 +202,6 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             resumed=validation.resumed_from(request, len(prompt), sampling.num_outputs, limits),
         )
 
-        def cancel_output(index: int) -> None:
-            model.engine.cancel(engine_request.request_id, index)
-
         watched.submitted()
         return Generation(
             engine_request,
@@ -214,7 +211,7 @@ class ExecutorServicer(executor_pb2_grpc.ExecutorServiceServicer):
             form,
             vocabulary,
             model.pipe,
-            cancel_output,
+            functools.partial(model.cancel, engine_request.request_id),
             watched.finished,
             self.generations.delta_interval,
         )
@@ -266,6 +263,11 @@ class _Model:
             context_length=context_length,
             eog_token_ids=frozenset(manifest.eog_token_ids),
         )
+
+    def cancel(self, engine_id: str, index: int | None) -> None:
+        """Rid the engine of a request or of one output; of what has ended already, nothing comes of it."""
+        if not self.engine.gone.is_set():
+            self.engine.cancel(engine_id, index)
 
     def proto(self) -> Any:
         return executor_pb2.ServedModel(

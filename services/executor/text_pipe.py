@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,19 @@ import grpc
 from mxgpt.v1 import tokenizer_pb2
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import from_peer_error
+from shared.server import internal_error
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 10.0  # how long outputs wait for a tokenizer to come back
+PATIENCE_SECONDS = 10.0  # how long outputs wait for a tokenizer to come back, or to say anything
+MESSAGE_BYTES = 4 << 20  # of a message that opens many sequences, about; a server takes four times as much
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """How one output's ids become text."""
 
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]  # those at its end that matter
     stop_strings: tuple[str, ...]
     min_tokens: int
     harmony: bool
@@ -55,6 +57,7 @@ class _Outbox:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
     closed: list[int] = field(default_factory=list)
+    probes: list[int] = field(default_factory=list)  # sequences of no ids
 
 
 class TextPipe:
@@ -68,7 +71,7 @@ class TextPipe:
         self._ids = itertools.count(1)
         self._outbox = _Outbox()
         self._wake = asyncio.Event()
-        self._answered = False  # on the stream that is open
+        self._num_answers = 0  # on the stream that is open
         self.num_breaks = 0
 
     def open(
@@ -116,20 +119,17 @@ class TextPipe:
         loop = asyncio.get_running_loop()
         while True:
             await self._something_to_do()
-            try:
-                await self._exchange()
-            except grpc.aio.AioRpcError as error:
-                failure = from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE)
-                if self._answered:
-                    down_since, delay = None, 0.05
-                down_since = down_since or loop.time()
-                self.num_breaks += 1
-                log.warning("the tokenizer's stream broke: %s", failure.message)
-                if loop.time() - down_since > self._patience_seconds:
-                    self._fail_all(failure)
-                    down_since = None
-                await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-                delay = min(2 * delay, 1.0)
+            failure = await self._exchange()
+            if self._num_answers > 0:
+                down_since, delay = None, 0.05
+            down_since = down_since or loop.time()
+            self.num_breaks += 1
+            log.warning("the tokenizer's stream broke: %s", failure.message)
+            if loop.time() - down_since > self._patience_seconds:
+                self._fail_all(failure)
+                down_since = None
+            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(2 * delay, 1.0)
 
     async def _something_to_do(self) -> None:
         while not self._sequences:
@@ -137,52 +137,76 @@ class TextPipe:
             self._wake.clear()
             await self._wake.wait()
 
-    async def _exchange(self) -> None:
-        self._answered = False
+    async def _exchange(self) -> ServiceError:
+        """Open a stream and talk over it until it breaks; returns why it did."""
+        self._num_answers = 0
         call = self._stub.DetokenizeStream()
-        sender = asyncio.create_task(self._send(call))
+        sender, watch = asyncio.create_task(self._send(call)), asyncio.create_task(self._watch(call))
         try:
             async for response in call:
-                self._answered = True
+                self._num_answers += 1
                 for text in response.texts:
                     self._deliver(text)
-            raise ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer ended the stream")
-        except ServiceError:
-            log.info("the tokenizer ended its stream; opening another")
+            return ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer ended the stream")
+        except grpc.aio.AioRpcError as error:
+            return from_peer_error(error, Reason.TOKENIZER_UNAVAILABLE)
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
+            return ServiceError(Reason.TOKENIZER_UNAVAILABLE, "the tokenizer has stopped answering")
         finally:
             sender.cancel()
+            watch.cancel()
             call.cancel()
+
+    async def _watch(self, call: Any) -> None:
+        """Return, with the call cancelled, when nothing comes although an answer is due.
+
+        A tokenizer may have nothing to say for long, while it waits for the rest of a stop string. So it is asked for
+        the text of a sequence that has none, which it can answer at once.
+        """
+        while True:
+            heard = self._num_answers
+            await asyncio.sleep(self._patience_seconds / 2)
+            if heard != self._num_answers or not self._sequences:
+                continue
+            self._outbox.probes.append(next(self._ids))
+            self.flush()
+            await asyncio.sleep(self._patience_seconds / 2)
+            if heard == self._num_answers:
+                call.cancel()
+                return
 
     async def _send(self, call: Any) -> None:
         try:
-            self._outbox = _Outbox()
-            await call.write(self._replay())
+            self._outbox = _Outbox(opens=list(self._sequences), finished=self._finished())
             while True:
+                outbox, self._outbox = self._outbox, _Outbox()
+                for message in list(self._messages(outbox)):  # at once: more may come while one is written
+                    await call.write(message)
                 await self._wake.wait()
                 self._wake.clear()
-                outbox, self._outbox = self._outbox, _Outbox()
-                message = self._message(outbox)
-                if message.opens or message.tokens or message.closed_ids:
-                    await call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the reader of the same call sees the error and deals with it
 
-    def _replay(self) -> Any:
-        message = tokenizer_pb2.DetokenizeStreamRequest(model=self._model)
-        for sequence_id, sequence in self._sequences.items():
-            message.opens.append(_open(sequence_id, sequence))
-            if sequence.finished:
-                message.tokens.add(sequence_id=sequence_id, finished=True)
-        return message
+    def _finished(self) -> set[int]:
+        return {sequence_id for sequence_id, sequence in self._sequences.items() if sequence.finished}
 
-    def _message(self, outbox: _Outbox) -> Any:
+    def _messages(self, outbox: _Outbox) -> Iterator[Any]:
+        """What has gathered, in one message but for many sequences that open with long prompts."""
         message = tokenizer_pb2.DetokenizeStreamRequest(model=self._model)
+        num_bytes = 0
         for sequence_id in outbox.opens:
             sequence = self._sequences.get(sequence_id)
-            if sequence is not None:
-                # The ids fed since are part of what it opens with.
-                message.opens.append(_open(sequence_id, sequence))
-                outbox.tokens.pop(sequence_id, None)
+            if sequence is None:
+                continue
+            message.opens.append(_open(sequence_id, sequence))
+            outbox.tokens.pop(sequence_id, None)  # the ids fed since are part of what it opens with
+            num_bytes += message.opens[-1].ByteSize()
+            if num_bytes > MESSAGE_BYTES:
+                yield message
+                message = tokenizer_pb2.DetokenizeStreamRequest(model=self._model)
+                num_bytes = 0
         for sequence_id in outbox.tokens.keys() | outbox.finished:
             if sequence_id in self._sequences:
                 message.tokens.add(
@@ -190,8 +214,12 @@ class TextPipe:
                     token_ids=outbox.tokens.get(sequence_id, ()),
                     finished=sequence_id in outbox.finished,
                 )
+        for sequence_id in outbox.probes:
+            message.opens.add(sequence_id=sequence_id)
+            message.tokens.add(sequence_id=sequence_id, finished=True)
         message.closed_ids.extend(outbox.closed)
-        return message
+        if message.opens or message.tokens or message.closed_ids:
+            yield message
 
     def _deliver(self, text: Any) -> None:
         sequence = self._sequences.get(text.sequence_id)
@@ -205,7 +233,11 @@ class TextPipe:
             return
         if text.stopped or text.finished:
             del self._sequences[text.sequence_id]
-        sequence.on_text(text)
+        try:
+            sequence.on_text(text)
+        except Exception:  # as after an answer that makes no sense: the other sequences go on
+            self.close(text.sequence_id)
+            sequence.on_failure(internal_error("the text of a stream"))
 
     def _fail_all(self, error: ServiceError) -> None:
         sequences, self._sequences = self._sequences, {}

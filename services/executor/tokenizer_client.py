@@ -13,7 +13,9 @@ from shared.channel import Channel
 from shared.errors import Reason, ServiceError
 from shared.rpc_errors import from_peer_error
 
-CALL_TOKEN = "<|call|>"  # ends a Harmony message that calls a tool
+START_TOKEN = "<|start|>"  # begins a Harmony message
+CALL_TOKEN = "<|call|>"  # ends one that calls a tool
+MAX_BEGUN_IDS = 16  # of a prompt's end that may belong to a character begun, which has three bytes
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,14 @@ class Vocabulary:
 
     special_texts: dict[int, str]  # special token id -> spelling
     harmony: bool
+
+    def unfinished(self, prompt: tuple[int, ...], harmony: bool) -> tuple[int, ...]:
+        """The end of a prompt that decides how what follows is read: a character begun, a Harmony message begun."""
+        if harmony:
+            for index in reversed(range(len(prompt))):
+                if self.special_texts.get(prompt[index]) == START_TOKEN:
+                    return prompt[index:]
+        return prompt[-MAX_BEGUN_IDS:]
 
     def is_tool_call(self, token_id: int) -> bool:
         """Whether `token_id` ends a Harmony message that calls a tool."""

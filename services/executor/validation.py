@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,24 +65,25 @@ def check_frame(request: Any, limits: Limits) -> None:
         raise invalid_field("output.content", f"unknown value {request.output.content}")
 
 
-def check_prompt(prompt_token_ids: Iterable[int], limits: Limits, field: str) -> tuple[int, ...]:
+def check_prompt(prompt_token_ids: Sequence[int], limits: Limits, field: str) -> tuple[int, ...]:
     """The prompt as a tuple, not empty, inside the vocabulary, shorter than the context.
 
     Raises:
         ServiceError: PROMPT_EMPTY, TOKEN_ID_INVALID or CONTEXT_LENGTH_EXCEEDED.
     """
-    prompt = tuple(prompt_token_ids)
-    if not prompt:
+    num_tokens = len(prompt_token_ids)
+    if num_tokens == 0:
         raise ServiceError(Reason.PROMPT_EMPTY, f"{field}: the prompt holds no token", field=field)
-    _check_ids(field, prompt, limits.vocab_size)
-    if len(prompt) >= limits.context_length:
+    if num_tokens >= limits.context_length:  # before the ids are looked at, of which a message may hold millions
         raise ServiceError(
             Reason.CONTEXT_LENGTH_EXCEEDED,
-            f"{field}: the prompt has {len(prompt)} tokens, "
+            f"{field}: the prompt has {num_tokens} tokens, "
             f"the context holds {limits.context_length} with room for at least one more",
             field=field,
-            metadata={"num_prompt_tokens": str(len(prompt)), "context_length": str(limits.context_length)},
+            metadata={"num_prompt_tokens": str(num_tokens), "context_length": str(limits.context_length)},
         )
+    prompt = tuple(prompt_token_ids)
+    _check_ids(field, prompt, limits.vocab_size)
     return prompt
 
 
@@ -165,15 +166,16 @@ def resumed_from(request: Any, num_prompt_tokens: int, num_outputs: int, limits:
     for output in request.resume.outputs:
         if output.index >= num_outputs or output.index in resumed:
             raise invalid_field("resume.outputs.index", f"each below n = {num_outputs} and once, got {output.index}")
-        token_ids = tuple(output.token_ids)
-        _check_ids("resume.outputs.token_ids", token_ids, limits.vocab_size)
-        if num_prompt_tokens + len(token_ids) > limits.context_length:
+        num_tokens = num_prompt_tokens + len(output.token_ids)
+        if num_tokens > limits.context_length:
             raise ServiceError(
                 Reason.CONTEXT_LENGTH_EXCEEDED,
-                f"resume.outputs.token_ids: prompt and output have {num_prompt_tokens + len(token_ids)} tokens, "
+                f"resume.outputs.token_ids: prompt and output have {num_tokens} tokens, "
                 f"the context holds {limits.context_length}",
                 field="resume.outputs.token_ids",
             )
+        token_ids = tuple(output.token_ids)
+        _check_ids("resume.outputs.token_ids", token_ids, limits.vocab_size)
         resumed[output.index] = ResumedOutput(token_ids, output.finished)
     return resumed
 
