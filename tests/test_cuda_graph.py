@@ -1,4 +1,4 @@
-"""A step's graph where the GPU has no memory for it, over a driver that only counts: no GPU is needed."""
+"""Graphs and errors of a GPU, over a driver that only counts what it is asked: no GPU is needed."""
 
 import importlib.util
 import sys
@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from services.executor.step import DeviceLostError
 from shared.errors import ServiceError
 from tests.stack import ROOT
 
@@ -22,7 +23,7 @@ class CountingDriver(ModuleType):
 
     def __init__(self):
         super().__init__("driver")
-        self.status = self.CUresult.CUDA_SUCCESS
+        self.status = self.status_of_launch = self.CUresult.CUDA_SUCCESS
         self.num_graphs = self.num_executables = self.num_launched = 0
 
     def CUstream(self, handle):
@@ -51,13 +52,15 @@ class CountingDriver(ModuleType):
 
     def cuGraphLaunch(self, executable, stream):
         self.num_launched += 1
-        return (self.CUresult.CUDA_SUCCESS,)
+        return (self.status_of_launch,)
 
 
 @pytest.fixture
 def driver(monkeypatch):
     driver = CountingDriver()
     bindings, pycuda, of_pycuda = ModuleType("cuda.bindings"), ModuleType("pycuda"), ModuleType("pycuda.driver")
+    of_pycuda.Error = type("Error", (Exception,), {})  # as PyCUDA's are: none of Python's
+    of_pycuda.MemoryError = type("MemoryError", (of_pycuda.Error,), {})
     bindings.driver, pycuda.driver = driver, of_pycuda
     modules = {"cuda": ModuleType("cuda"), "cuda.bindings": bindings, "pycuda": pycuda, "pycuda.driver": of_pycuda}
     for name, module in modules.items():
@@ -102,3 +105,15 @@ def test_another_failure_is_an_error_and_keeps_nothing_either(driver, device):
     with pytest.raises(ServiceError, match="CUDA_ERROR_INVALID_VALUE"):
         device.capture(lambda: None)
     assert driver.num_graphs == 0
+
+
+def test_what_fails_within_a_step_is_the_devices_loss_but_for_memory(driver, device):
+    pycuda = sys.modules["pycuda.driver"]
+    graph = device.capture(lambda: None)
+    driver.status_of_launch = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(DeviceLostError, match="CUDA_ERROR_INVALID_VALUE"), device.losing():
+        graph.launch()
+    with pytest.raises(DeviceLostError, match="illegal address"), device.losing():
+        raise pycuda.Error("illegal address")
+    with pytest.raises(MemoryError, match="GPU's memory"), device.losing():
+        raise pycuda.MemoryError("out of memory")

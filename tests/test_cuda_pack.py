@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.executor.cuda.kv import Shape, lay_out, pack
+from services.executor.cuda.kv import Shape, lay_out, max_ints, pack
 from services.executor.step import FULL, WINDOW, Draws, KVGroup, SequenceSlice, StepBatch
 
 GROUPS = (KVGroup(FULL, 1, 0), KVGroup(WINDOW, 1, 40))
@@ -77,3 +77,15 @@ def test_a_row_without_a_block_is_a_defect():
     step = lay_out(Shape(3, len(batch.logits_rows), 1, 2, 16, 16, 1), GROUPS, BASE)
     with pytest.raises(AssertionError, match="no block"):
         pack(batch, step, BLOCK_SIZE, 2, BASE, draws)
+
+
+def test_no_batch_within_the_bounds_takes_more_room():
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        max_rows, max_sequences = int(rng.integers(1, 300)), int(rng.integers(1, 65))
+        width = 1 << int(rng.integers(3, 8))
+        rows = int(rng.integers(1, max_rows + 1))
+        sequences, items = (int(rng.integers(1, min(rows, bound) + 1)) for bound in (max_sequences, rows))
+        logits, table_width = int(rng.integers(0, rows + 1)), 1 << int(rng.integers(3, width.bit_length()))
+        step = lay_out(Shape(rows, logits, sequences, items, table_width, 16, 1), GROUPS, BASE)
+        assert step.num_ints <= max_ints(GROUPS, max_rows, max_sequences, width)

@@ -130,15 +130,13 @@ def test_a_prompt_of_one_token_has_nothing_to_score():
     assert_as_expected(run_alone(request), request)
 
 
-def test_times_are_told_from_submission():
+def test_the_queue_is_timed_from_submission():
     seconds = itertools.count(100.0, 1.0)
     runner = FakeRunner()
     config = EngineConfig(max_context=64, num_blocks=runner.num_blocks, block_size=4)
     engine = Engine(runner, config, clock=lambda: next(seconds))
     engine.submit(make_request(max_tokens=3))  # 100
-    events = [event for _ in range(3) for event in engine.step()]  # 101 102, 103 104, 105 106
-    assert events[0] == RequestStarted("a", 0, queue_seconds=1.0)
-    assert (events[-1].first_token_seconds, events[-1].decode_seconds) == (2.0, 4.0)
+    assert engine.step()[0] == RequestStarted("a", 0, queue_seconds=1.0)  # 101
 
 
 # Several outputs.

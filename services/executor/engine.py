@@ -188,7 +188,7 @@ class Engine:
         if ending is None:
             active.sequences[index] = sequence
         else:
-            active.ended.append(_finished(sequence, ending, active.submit_time))
+            active.ended.append(_finished(sequence, ending))
 
     def _tell_ended(self, step_time: float) -> list[Event]:
         """Start and end the requests that had nothing left to run."""
@@ -225,10 +225,9 @@ class Engine:
             return self._fail_step(plan.shares)
         self._num_steps += 1
         events = self._fail_unsound(outcomes)
-        now = self._clock()
         for outcome in outcomes:
             if self._concerns(outcome):
-                self._deliver(outcome, step_time, now, events)
+                self._deliver(outcome, step_time, events)
         return events
 
     def _concerns(self, outcome: Outcome) -> bool:
@@ -240,7 +239,7 @@ class Engine:
         # Scores of the prompt are the request's: the next output goes on after them.
         return active.sequences.get(sequence.index) is sequence or outcome.share.num_scored_rows > 0
 
-    def _deliver(self, outcome: Outcome, step_time: float, now: float, events: list[Event]) -> None:
+    def _deliver(self, outcome: Outcome, step_time: float, events: list[Event]) -> None:
         """Take what one sequence's rows gave into its state and tell it."""
         sequence = outcome.share.sequence
         active = sequence.active
@@ -255,12 +254,10 @@ class Engine:
         sequence.append(outcome.token_id)
         self._num_output_tokens += 1
         events.append(TokenDrawn(active.request.request_id, sequence.index, outcome.token_id, outcome.logprobs))
-        if sequence.first_token_time is None:
-            sequence.first_token_time = now
         ending = sequence.ending()
         if ending is not None:
             self._retire(sequence)
-            events.append(_finished(sequence, ending, now))
+            events.append(_finished(sequence, ending))
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         num_prompt_left = sequence.num_prompt_tokens - sequence.num_computed
@@ -350,15 +347,7 @@ def _num_tokens(share: Share) -> int:
     return share.num_tokens
 
 
-def _finished(sequence: Sequence, ending: tuple[FinishReason, int | None], now: float) -> OutputFinished:
+def _finished(sequence: Sequence, ending: tuple[FinishReason, int | None]) -> OutputFinished:
     reason, matched_token_id = ending
-    active, first = sequence.active, sequence.first_token_time
-    return OutputFinished(
-        active.request.request_id,
-        sequence.index,
-        reason,
-        sequence.num_output_tokens,
-        matched_token_id,
-        first_token_seconds=0.0 if first is None else first - active.submit_time,
-        decode_seconds=0.0 if first is None else now - first,
-    )
+    request_id = sequence.active.request.request_id
+    return OutputFinished(request_id, sequence.index, reason, sequence.num_output_tokens, matched_token_id)

@@ -117,8 +117,6 @@ class OutputFinished:
     reason: FinishReason
     num_output_tokens: int  # resumed ones included
     matched_token_id: int | None = None
-    first_token_seconds: float = 0.0  # from submit to its first token
-    decode_seconds: float = 0.0  # from its first token to its last
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "active", "block_hashes", "block_tables", "first_token_time", "has_drawn", "index", "max_tokens",
+        "active", "block_hashes", "block_tables", "has_drawn", "index", "max_tokens",
         "num_allocated", "num_computed", "num_drawing", "num_in_flight", "num_launched", "num_prompt_tokens",
         "num_registered", "num_tokens", "rank", "sampler", "seat", "stop_ids", "tables", "token_ids",
     )  # fmt: skip
@@ -102,7 +102,6 @@ class Sequence:
         self.num_in_flight = 0  # steps that hold it
         self.seat: int | None = None  # its number in the running batch
         self.has_drawn = False  # since it took its seat
-        self.first_token_time: float | None = None  # of the first token drawn here
         # Kept by the block manager.
         self.tables = tuple(BlockTable(-(-capacity // block_size)) for _ in range(num_groups))
         self.num_allocated = 0  # positions that the tables hold blocks for

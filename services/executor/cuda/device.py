@@ -98,7 +98,7 @@ class Device:
         return int(memory)
 
     def upload(self, address: int, values: Any) -> None:
-        """Copy an array or a buffer of the host, in the stream's order; it may be changed once this returns."""
+        """Copy an array or a buffer of the host, in the stream's order; if page-locked, it must stay as it is until then."""
         cuda.memcpy_htod_async(address, values, self.stream)
 
     def download(self, address: int, out: NDArray[Any]) -> None:
@@ -132,7 +132,7 @@ class Device:
             yield
         except cuda.MemoryError as error:  # no MemoryError of Python's
             raise MemoryError(f"the GPU's memory ran out: {error}") from error
-        except cuda.Error as error:
+        except (cuda.Error, ServiceError) as error:
             raise DeviceLostError(f"the GPU failed: {error}") from error
 
     def synchronize(self) -> None:

@@ -100,6 +100,12 @@ def lay_out(shape: Shape, groups: Sequence[KVGroup], base: int) -> CudaStep:
     return CudaStep(shape, token_ids, positions, logits_rows, seats, items, places, tables, offset)
 
 
+def max_ints(groups: Sequence[KVGroup], max_rows: int, max_sequences: int, table_width: int) -> int:
+    """Values that the arrays of any batch take which stays within these bounds, by `lay_out`."""
+    shape = Shape(max_rows, max_rows, max_sequences, max_rows, table_width, 16, 1)
+    return lay_out(shape, groups, 0).num_ints
+
+
 def pack(
     batch: StepBatch,
     step: CudaStep,

@@ -30,6 +30,7 @@ from services.executor.cuda.kv import (
     block_bytes,
     count_items,
     lay_out,
+    max_ints,
     pack,
     padded_head_size,
 )
@@ -43,7 +44,6 @@ from services.executor.models import MODELS
 from services.executor.step import FULL, GPU_DEPTH, WINDOW, Draws, KVGroup, StepBatch, StepResult
 from shared.errors import invalid_field
 from shared.gpt_config import GPTConfig
-from shared.layout import round_up
 from shared.memory import kv_groups
 
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -89,7 +89,8 @@ class CudaRunner:
         self._device, self._config, self._block_size = device, config, block_size
         self._groups = [KVGroup(group.name, group.num_layers, group.window) for group in kv_groups(config, block_size)]
         device.load(modules_of(config, weights.families), cache, report)
-        max_rows = max(max_batch_tokens, next((rows for rows in GRAPH_ROWS if rows >= max_sequences), max_sequences))
+        graph_rows = next((rows for rows in GRAPH_ROWS if rows >= max_sequences), max_sequences)
+        max_rows = max(max_batch_tokens, graph_rows)
         self._max_rows = max_rows
         self._max_logits = min(MAX_LOGITS, max_rows)
         self._workspace = Workspace(device, config, max_rows, self._max_logits)
@@ -101,7 +102,9 @@ class CudaRunner:
             allocate_kv(device, config, group, num_blocks[group.name], block_size) for group in layer_groups
         ]
         self._kv_bytes = sum(2 * num_blocks[group.name] * block_bytes(config, block_size) for group in layer_groups)
-        num_ints = self._max_ints(max_rows, max_sequences) + max_sequences * ROW_SAMPLING.itemsize // 4
+        table_width = _table_width(-(-config.context_length // block_size))
+        num_ints = max_ints(self._groups, max_rows, graph_rows, table_width)
+        num_ints += max_sequences * ROW_SAMPLING.itemsize // 4
         self._inputs = device.allocate(4 * num_ints)
         self._sampler = CudaSampler(device, config.vocab_size, max_rows, self._max_logits, max_sequences)
         num_wanted = min(MAX_WANTED, max_rows)
@@ -263,11 +266,6 @@ class CudaRunner:
     def _run_head(self, head: Product) -> None:
         if head.x.num_rows:
             self._ops.run(head, self._workspace.logits, self.vocab_size, Epilogue.STORE)
-
-    def _max_ints(self, max_rows: int, max_sequences: int) -> int:
-        blocks = -(-self._config.context_length // self._block_size)
-        tables = round_up(max_sequences, GRAPH_ROWS[0]) * _table_width(blocks)
-        return (8 + len(self._groups)) * (max_rows + 4) + len(self._groups) * 2 * (tables + 4)
 
 
 def _table_width(num_blocks: int) -> int:
