@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import contextlib
 import os
 import shutil
@@ -113,6 +114,34 @@ async def test_a_killed_loader_finds_its_memory_again(tmp_path: Path, model: Pat
             assert num_memfds(again.process.pid) == len(views)
         finally:
             assert again.stop() == 0
+
+
+@asynchronous
+async def test_an_executor_without_a_descriptor_to_spare_tries_again(tmp_path: Path, model: Path) -> None:
+    socket = str(tmp_path / "loader.sock")
+    loader = Service("loader", "--socket", socket, "--model", str(model))
+    loader.wait_healthy()
+    async with attached(loader.address, "survivor") as survivor:
+        loader.kill()
+        await until(lambda: not survivor.attached.is_set())
+        model.rename(tmp_path / "gone.gguf")
+        failed: list[int] = []
+        dup = os.dup
+
+        def dup_once_exhausted(descriptor: int) -> int:
+            if not failed:
+                failed.append(descriptor)
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return dup(descriptor)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loader_client.os, "dup", dup_once_exhausted)
+            again = Service("loader", "--socket", socket, "--listen", loader.address)
+            try:
+                await until(survivor.attached.is_set)
+                assert failed
+            finally:
+                again.stop()
 
 
 @asynchronous

@@ -136,8 +136,9 @@ class LoaderClient:
                         await _attach_again(call, attachment)
                         self._set_attached(True)
                         log.info("the lease on %s is held again", attachment.manifest.model)
-                    except ServiceError as refusal:
+                    except (ServiceError, OSError) as failure:  # as the latter when descriptors have run out
                         call.cancel()
+                        refusal = _refusal(failure)
                         if refusal.message != error.message:
                             log.warning("no lease yet: %s (%s)", refusal.message, refusal.reason.name)
                         error = refusal
@@ -173,11 +174,23 @@ async def _end_of(call: grpc.aio.UnaryStreamCall) -> ServiceError:
     return ServiceError(Reason.LOADER_UNAVAILABLE, "the loader ended the lease")
 
 
+def _refusal(failure: ServiceError | OSError) -> ServiceError:
+    if isinstance(failure, ServiceError):
+        return failure
+    return ServiceError(Reason.LOADER_UNAVAILABLE, f"the memory can't be brought to the loader: {failure.strerror}")
+
+
 async def _attach_again(call: grpc.aio.UnaryStreamCall, attachment: Attachment) -> None:
     """Take up a lease on memory that is held, bringing it to the loader if it asks for it."""
     attached = await _first_message(call)
     if attached.adopt:
-        copies = [os.dup(descriptor) for descriptor in attachment.descriptors]  # a thread outlives a cancelled task
+        copies: list[int] = []  # for a thread, which outlives a cancelled task
+        try:
+            for descriptor in attachment.descriptors:
+                copies.append(os.dup(descriptor))
+        except OSError:
+            close_all(copies)
+            raise
         await asyncio.to_thread(_bring, attached, copies, attachment.sizes)
 
 

@@ -98,7 +98,10 @@ class Device:
         return int(memory)
 
     def upload(self, address: int, values: Any) -> None:
-        """Copy an array or a buffer of the host, in the stream's order; if page-locked, it must stay as it is until then."""
+        """Copy an array or a buffer of the host, in the stream's order.
+
+        It may be changed once this returns; page-locked memory only once the copy has been made.
+        """
         cuda.memcpy_htod_async(address, values, self.stream)
 
     def download(self, address: int, out: NDArray[Any]) -> None:
