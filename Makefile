@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GOLDENS := .venv-goldens
 
 .DEFAULT_GOAL := help
-.PHONY: help install node demo test test-all lint types imports buf format protos api goldens bench quality models clean
+.PHONY: help install node demo test test-all lint types imports buf format protos api goldens bench quality models clean test-gpu sanitize-gpu bench-gpu
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,9 +72,15 @@ bench: $(VENV)/.installed-peers  ## Measure the CPU backend beside llama.cpp
 test-gpu: $(VENV)/.installed-cuda  ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -n 0 tests/test_cuda_*.py
 
-bench-gpu: $(VENV)/.installed-cuda  ## Measure kernels, steps and loading on a GPU, with gpt-oss-20b's shape
+sanitize-gpu: $(VENV)/.installed-cuda  ## The tests of kernels under compute-sanitizer's memcheck, racecheck and initcheck
+	for tool in memcheck racecheck initcheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -n 0 --timeout 0 tests/test_cuda_ops.py || exit 1; done
+
+bench-gpu: $(VENV)/.installed-cuda  ## Measure kernels, steps, loading and serving on a GPU, with gpt-oss-20b's shape
 	$(BIN)/python -m benchmarks.bench_cuda
 	$(BIN)/python -m benchmarks.bench_load_cuda
+	$(BIN)/python -m benchmarks.bench_served_cuda
+	$(BIN)/python -m benchmarks.bench_divergence --device cuda:0
 
 quality: $(VENV)/.installed-dev  ## Measure what each type costs the demo models, as docs/mxfp4.md shows
 	$(BIN)/python -m benchmarks.quality --picture docs/mxfp4.svg
