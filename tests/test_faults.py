@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mxgpt import Client
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 from shared.errors import Reason, Status
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import running
+from tests.stack import engine_of, running
 
 PROMPT = "Write a haiku about the sea."
 POISON = 901  # an id that no other prompt here holds, and that greedy decoding does not draw after them
@@ -105,6 +107,25 @@ def test_an_engine_that_is_broken_for_good_ends_its_executor_with_a_failure(demo
             assert health.statuses() == [True, False], "health says so before the end"
             assert "giving up" in broken.text
             assert client.complete(PROMPT, max_tokens=600, ignore_eos=True, temperature=0).text == quiet.text
+
+
+def test_an_engine_that_hangs_ends_its_executor_with_a_failure_and_its_streams_go_on(demo_gpt_oss: Path) -> None:
+    with (
+        running(demo_gpt_oss, 2, executor_options=["--step-seconds", "1"]) as stack,
+        Client(stack.address) as client,
+    ):
+        quiet = client.complete(PROMPT, temperature=0.0, max_tokens=600, ignore_eos=True)
+        generation = client.generate(PROMPT, temperature=0.0, max_tokens=600, ignore_eos=True)
+        next(generation)
+        (hung,) = [e for e in stack.executors if generation.result.executor_id.endswith(f"-{e.process.pid}")]
+        os.kill(engine_of(hung), signal.SIGSTOP)
+        for _ in generation:
+            pass
+        assert generation.result.num_resumes == 1
+        assert generation.result.outputs[0].token_ids == quiet.outputs[0].token_ids
+        assert hung.process.wait(15) == 1
+        hung.joined()
+        assert "has not ended its step for 1 s" in hung.text
 
 
 def test_blocks_that_run_out_and_prompts_that_never_fit_harm_nobody_else(demo_gpt_oss: Path) -> None:

@@ -40,6 +40,7 @@ class ExecutorConfig:
     max_running: int = 64
     max_waiting: int = 512
     write_stall_seconds: float = 60.0
+    step_seconds: float = 600.0  # that a step may take before the engine counts as hung
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ class Executor:
             "serving %s (%s) with %d KV blocks; %s",
             manifest.model, manifest.digest, sum(engine_config.num_blocks.values()), phases,
         )  # fmt: skip
-        await asyncio.gather(pipe.run(), self._watch_loader(), self._watch_tokenizer(tokenizer))
+        await asyncio.gather(pipe.run(), self._watch_engine(), self._watch_loader(), self._watch_tokenizer(tokenizer))
 
     async def _attach(self) -> Attachment:
         """Attach as soon as the loader is there and has the model; any service may start first."""
@@ -143,6 +143,24 @@ class Executor:
         )
         status = await self._engine.last_status()
         return [*state, *self._of_model, *(engine_metrics(status) if status is not None else ())]
+
+    async def _watch_engine(self) -> None:
+        """Ask the engine, which answers after each step, whether it still runs.
+
+        Raises:
+            ServiceError: EXECUTOR_UNAVAILABLE when it does not answer in time.
+        """
+        seconds = self._config.step_seconds
+        while not self._engine.gone.is_set():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._engine.status()
+            except TimeoutError:
+                why = f"the engine has not ended its step for {seconds:g} s (--step-seconds)"
+                raise ServiceError(Reason.EXECUTOR_UNAVAILABLE, why) from None
+            except ServiceError:
+                return  # it has ended, as whoever waits for that sees
+            await asyncio.sleep(seconds / 4)
 
     async def _watch_loader(self) -> None:
         while True:
@@ -211,6 +229,7 @@ def _failure_of(task: asyncio.Task[None]) -> asyncio.Task[None]:
 @click.option("--max-batch-tokens", type=int, show_default="256; on a GPU 2048", help="Tokens of a step.")
 @click.option("--max-running", type=int, default=64, show_default=True, help="Sequences in a step.")
 @click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
+@click.option("--step-seconds", type=float, show_default="600; on a GPU 60", help="Longer steps count as hung.")
 @click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
 @telemetry_options
 def main(**options: Any) -> None:
@@ -223,6 +242,8 @@ def main(**options: Any) -> None:
     if kv_memory_mib is None:
         kv_memory_mib = 4096 if on_gpu else 1024
     options["kv_memory_bytes"] = kv_memory_mib * 2**20
+    if options["step_seconds"] is None:
+        options["step_seconds"] = 60.0 if on_gpu else 600.0
     if options["max_batch_tokens"] is None:
         options["max_batch_tokens"] = 2048 if on_gpu else 256
     try:
