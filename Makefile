@@ -12,6 +12,7 @@ help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.installed: pyproject.toml hatch_build.py generate_protos.py $(wildcard protos/mxgpt/v1/*.proto)
+	@echo "installing mxgpt and what it needs into $(VENV), which may take a minute"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.'
 	@touch $@

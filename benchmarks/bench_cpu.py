@@ -7,7 +7,7 @@ number of tokens greedily past any end, and use the same number of threads for t
 second by all streams together, from the first request to the last token, prompts included: medians of repetitions
 that take turns, so that a busy moment of the machine hits all alike. "Served" is everything that a user meets: text
 goes in and comes out, through tokenizer, executor and client as processes of their own, on the same cores.
-llama.cpp runs inside its process, without a server around it; it is an extra: pip install 'mxgpt[peers]'.
+llama.cpp runs inside its process, without a server around it; it is an extra: pip install '.[peers]'.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _describe(num_threads: int, repetitions: int, has_peer: bool) -> None:
     if has_peer:
         print(f"llama.cpp: xllamacpp {importlib.import_module('xllamacpp').__version__}")
     else:
-        print("llama.cpp: not measured, xllamacpp is not installed (pip install 'mxgpt[peers]')")
+        print("llama.cpp: not measured, xllamacpp is not installed (pip install '.[peers]')")
     lengths = ", ".join(f"{n} stream(s) of {tokens} tokens" for n, tokens in STREAMS.items())
     print(f"{lengths}; medians of {repetitions} repetitions that take turns\n", flush=True)
 

@@ -1,4 +1,4 @@
-"""Runs one target under atheris (libFuzzer) for a while; needs `pip install 'mxgpt[fuzz]'`.
+"""Runs one target under atheris (libFuzzer) for a while; needs `pip install '.[fuzz]'`.
 
     python -m fuzz gguf_header --seconds 60 [--corpus DIR]
 

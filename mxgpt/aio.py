@@ -25,7 +25,7 @@ class AsyncClient:
     """As `mxgpt.Client`, for one event loop.
 
     async with AsyncClient("localhost:50051") as client:
-        async for piece in client.generate("Once upon a time", max_tokens=64):
+        async for piece in client.generate("1, 2, 3, 4,", max_tokens=64):
             print(piece.text, end="", flush=True)
 
     Args:

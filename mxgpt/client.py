@@ -27,7 +27,7 @@ class Client:
     """Talks to one executor or to many, as if they were one. Threads may share it.
 
         with Client("localhost:50051") as client:
-            for piece in client.generate("Once upon a time", max_tokens=64):
+            for piece in client.generate("1, 2, 3, 4,", max_tokens=64):
                 print(piece.text, end="", flush=True)
 
     A call that fails before its first token is tried again; a stream that breaks later goes on with another

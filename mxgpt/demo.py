@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shlex
+import shutil
 import sys
 import time
+from pathlib import Path
 
 from mxgpt.aio import AsyncClient
 from mxgpt.bundled import find_model
@@ -33,7 +37,25 @@ async def demo() -> None:
             for prompt in PROMPTS:
                 result = await _answer(client, prompt)
                 print(dim(f"  {describe_speed(result)}", sys.stdout), flush=True)
-    print("\nall stopped; now try `mxgpt serve` and, in another terminal, `mxgpt chat`")
+    command = command_from_here()
+    print(f"\nall stopped; now try `{command} serve` and, in another terminal, `{command} chat`")
+
+
+def command_from_here() -> str:
+    """What to type for this environment's mxgpt: its name where that finds it, else its path or this Python's."""
+    script = Path(sys.executable).with_name("mxgpt")
+    if not script.exists():
+        return f"{_short(Path(sys.executable))} -m mxgpt"
+    found = shutil.which("mxgpt")
+    return "mxgpt" if found is not None and os.path.samefile(found, script) else _short(script)
+
+
+def _short(path: Path) -> str:
+    """The path as a shell takes it, from the working directory where it lies below that."""
+    if not path.is_relative_to(Path.cwd()):
+        return shlex.quote(str(path))
+    relative = shlex.quote(str(path.relative_to(Path.cwd())))
+    return relative if "/" in relative else f"./{relative}"
 
 
 async def _answer(client: AsyncClient, prompt: str) -> Result:

@@ -104,7 +104,7 @@ def server_options(default_port: int) -> Callable[[F], F]:
         click.option("--listen", default=f"127.0.0.1:{default_port}", show_default=True, help="Address to serve on."),
         click.option("--tls-certificate", type=_FILE, help="PEM chain to serve TLS with."),
         click.option("--tls-key", type=_FILE, help="PEM key of the certificate."),
-        click.option("--tls-client-ca", type=_FILE, help="PEM authority that clients must show."),
+        click.option("--tls-client-ca", type=_FILE, help="PEM authority; clients show a certificate that it signed."),
         click.option(
             "--token-file",
             "token_files",

@@ -15,9 +15,9 @@ from typing import Any
 from shared.errors import Reason, ServiceError
 from shared.layout import round_up
 
-GET_PACKAGES = "install mxgpt[cuda] (pip install 'mxgpt[cuda]'), for which a CUDA toolkit builds PyCUDA"
+GET_PACKAGES = "pip install '.[cuda]' in mxgpt's clone, for which a CUDA toolkit builds PyCUDA"
 GET_COMPILER = "install a CUDA toolkit, or pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
-GET_DRIVER = "install NVIDIA's driver, 580 or later, and mxgpt[cuda]"
+GET_DRIVER = "install NVIDIA's driver, 580 or later, and pip install '.[cuda]' in mxgpt's clone"
 
 
 def device_index(device: str) -> int | None:
@@ -34,8 +34,11 @@ def device_index(device: str) -> int | None:
     return int(match[1] or 0)
 
 
-def driver_api() -> Any:
+def driver_api(index: int) -> Any:
     """cuda-bindings' driver module.
+
+    Args:
+        index: of the GPU that it is wanted for, which an error names.
 
     Raises:
         ServiceError: FIELD_INVALID, saying what to install.
@@ -43,7 +46,7 @@ def driver_api() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise gpu_unusable(f"cuda-bindings can't be imported ({error})", GET_PACKAGES) from None
+        raise gpu_unusable(f"cuda-bindings can't be imported ({error})", GET_PACKAGES, index) from None
     return driver
 
 
@@ -56,9 +59,9 @@ def require_gpu(device: str) -> None:
     index = device_index(device)
     if index is None:
         return
-    open_device(driver_api(), index)
+    open_device(driver_api(index), index)
     if importlib.util.find_spec("pycuda") is None:
-        raise gpu_unusable("PyCUDA is not installed", GET_PACKAGES)
+        raise gpu_unusable("PyCUDA is not installed", GET_PACKAGES, index)
 
 
 def open_device(api: Any, index: int) -> Any:
@@ -67,12 +70,12 @@ def open_device(api: Any, index: int) -> Any:
         check(api.cuInit(0))
     except (ServiceError, RuntimeError) as error:  # RuntimeError: libcuda is missing
         why = error.message if isinstance(error, ServiceError) else "libcuda.so.1 is missing"
-        raise gpu_unusable(f"NVIDIA's driver can't be used ({why})", GET_DRIVER) from None
+        raise gpu_unusable(f"NVIDIA's driver can't be used ({why})", GET_DRIVER, index) from None
     try:
         return check(api.cuDeviceGet(index))
     except ServiceError as error:
         what = f"the driver knows no GPU {index} ({error.message})"
-        raise gpu_unusable(what, "name one that nvidia-smi lists") from None
+        raise gpu_unusable(what, "name one that nvidia-smi lists", index) from None
 
 
 class CudaDevice:
@@ -83,7 +86,7 @@ class CudaDevice:
     """
 
     def __init__(self, index: int) -> None:
-        self.api = driver_api()
+        self.api = driver_api(index)
         self.index = index
         self._device = open_device(self.api, index)
         attribute = self.api.CUdevice_attribute
@@ -254,6 +257,11 @@ def _posix(api: Any) -> Any:
     return api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 
-def gpu_unusable(what: str, remedy: str) -> ServiceError:
-    """The error (to be raised) for a GPU that can't be used, and what to do about it."""
-    return ServiceError(Reason.FIELD_INVALID, f"--device cuda:N: {what}; {remedy} (docs/gpu.md).")
+def gpu_unusable(what: str, remedy: str, index: int | None = None) -> ServiceError:
+    """The error (to be raised) for a GPU that can't be used, and what to do about it.
+
+    Args:
+        index: of the GPU; None where the fault is not one GPU's.
+    """
+    device = "a GPU" if index is None else f"--device cuda:{index}"
+    return ServiceError(Reason.FIELD_INVALID, f"{device}: {what}; {remedy} (docs/gpu.md).")

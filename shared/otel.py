@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry's SDK, sent over OTLP or written to a file; needs `pip install 'mxgpt[otel]'`.
+"""Traces by OpenTelemetry's SDK, sent over OTLP or written to a file; needs `pip install '.[otel]'`.
 
 The SDK's own environment variables apply: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER,
 OTEL_EXPORTER_OTLP_HEADERS and OTEL_BSP_SCHEDULE_DELAY among them.

@@ -190,7 +190,7 @@ def _require_traces(target: str) -> None:
     try:
         from shared.otel import check_target
     except ImportError as error:
-        raise ValueError(f"--traces needs OpenTelemetry: pip install 'mxgpt[otel]' ({error})") from error
+        raise ValueError(f"--traces needs OpenTelemetry: pip install '.[otel]' in mxgpt's clone ({error})") from error
     check_target(target)
 
 

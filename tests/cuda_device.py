@@ -14,7 +14,7 @@ from shared.quants import dequantize, quantize
 
 def open_device():
     """The first GPU; without one the test is skipped, and says so."""
-    pytest.importorskip("pycuda", reason="PyCUDA is not installed: pip install mxgpt[cuda]")
+    pytest.importorskip("pycuda", reason="PyCUDA is not installed: pip install '.[cuda]'")
     from services.executor.cuda.device import Device
     from shared.errors import ServiceError
 

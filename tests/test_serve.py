@@ -19,6 +19,7 @@ import pytest
 from mxgpt import Client, MxgptError, RetryPolicy
 from mxgpt.bundled import find_model
 from mxgpt.cli.main import run
+from mxgpt.demo import command_from_here
 from mxgpt.serve import ServeConfig, ServeError, Supervisor, serving
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from shared.channel import open_channel
@@ -464,6 +465,24 @@ def test_demo():
     assert "923" in done.stdout
     assert len(re.findall(r"tokens/s", done.stdout)) == 4
     assert "all stopped" in done.stdout
+
+
+def test_the_demo_names_a_command_that_works_from_here(tmp_path, monkeypatch):
+    bin_ = tmp_path / ".venv" / "bin"
+    bin_.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(bin_ / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert command_from_here() == ".venv/bin/python -m mxgpt"
+    script = bin_ / "mxgpt"
+    script.touch(mode=0o755)
+    assert command_from_here() == ".venv/bin/mxgpt"
+    monkeypatch.chdir(ROOT)
+    assert command_from_here() == str(script)
+    monkeypatch.chdir(bin_)
+    assert command_from_here() == "./mxgpt"
+    monkeypatch.setenv("PATH", str(bin_))
+    assert command_from_here() == "mxgpt"
 
 
 def test_find_model(tmp_path, monkeypatch):

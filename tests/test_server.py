@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from shared.errors import Reason, ServiceError, Status, invalid_field
 from shared.rpc_errors import DETAILS_KEY, from_rpc_error, status_code
 from shared.server import OVERALL, Server, servicer_method
 from tests.calls import uncounted_calls
+from tests.stack import ROOT
 
 SERVICE = "mxgpt.v1.ExecutorService"
 
@@ -146,6 +148,35 @@ def test_health_reflection_and_drain() -> None:
             await server.stop(drain)
             assert during_drain == [statuses.NOT_SERVING]
 
+    serving(test)
+
+
+def test_whoever_asks_for_health_is_told_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    async def ask(address: str, *options: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "shared.health", address, *options), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await process.communicate()
+        return process.returncode, said.decode()
+
+    async def test(address: str, server: Server, servicer: Servicer) -> None:
+        assert await ask(address) == (1, f"{address}: it answers NOT_SERVING\n")
+        await server.set_health(OVERALL, True)
+        assert await ask(address) == (0, "")
+        for wrong, options in (
+            (": NOT_FOUND\n", ("--service", "mxgpt.nothing")),
+            ("no authority", ("--peer-tls-root", str(no_authority))),
+        ):
+            code, said = await ask(address, *options)
+            assert (code, said.count("\n")) == (1, 1), said
+            assert said.startswith(f"{address}: ")
+            assert wrong in said
+        gone = "127.0.0.1:1"
+        code, said = await ask(gone)
+        assert (code, said.count("\n")) == (1, 1), said
+        assert said.startswith(f"{gone}: UNAVAILABLE: ")
+
+    no_authority = tmp_path / "no authority"
     serving(test)
 
 

@@ -241,7 +241,7 @@ def test_without_the_extra_it_is_named() -> None:
         "except ValueError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "pip install 'mxgpt[otel]'" in said
+    assert "pip install '.[otel]'" in said
 
 
 def test_a_target_that_is_none_is_refused() -> None:

@@ -23,8 +23,8 @@ _COMMANDS_HELP = "/reset starts anew, /exit (or Ctrl-D) ends, Ctrl-C stops an an
 Examples:
   mxgpt chat                                     # a conversation
   mxgpt chat "What is 348 + 575?"                # one question
-  cat letter.txt | mxgpt chat - --system "Summarize in a sentence."
-  printf 'I am Ann.\\nWho am I?\\n' | mxgpt chat    # a turn for each line
+  echo "Sort these words: river, apple, stone" | mxgpt chat - --system "Be brief."
+  printf 'What is 2 + 3?\\nCount from 3 to 12.\\n' | mxgpt chat    # a turn for each line
 """
 )
 @click.argument("message", required=False)

@@ -19,10 +19,14 @@ from mxgpt.results import Piece, Result
 @click.command(
     epilog="""\b
 Examples:
-  mxgpt generate "Once upon a time" --max-tokens 64
+  mxgpt generate "1, 2, 3, 4," --max-tokens 64 --temperature 0
+  echo "10, 11, 12, 13," | mxgpt generate - --stop " 21" --temperature 0 > counted.txt
+  mxgpt generate --token-ids "16 11 220 17 11 220 18 11" --max-tokens 6 --json --logprobs 5
   mxgpt generate "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1 --n 3
-  cat story.txt | mxgpt generate - --stop "THE END" > continued.txt
-  mxgpt generate --token-ids "464 2068 7586" --json --logprobs 5
+
+\b
+The demo models are trained on small tasks in conversations (mxgpt chat). Of plain texts they continue little
+but counting; the last example wants another model.
 """
 )
 @click.argument("prompt", required=False)

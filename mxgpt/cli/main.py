@@ -68,7 +68,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no server can answer, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no server can answer, 130 interrupted, 141 output not read.",
 )
 @click.version_option(package_name="mxgpt")
 def cli() -> None:

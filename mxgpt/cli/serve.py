@@ -61,7 +61,7 @@ Certificates are for executors (docs/security.md); loader and tokenizer stay on 
 @click.option("--executors", "num_executors", type=click.IntRange(1, MAX_EXECUTORS), default=1, show_default=True)
 @click.option("--tls-certificate", type=_FILE, help="PEM chain to serve TLS with.")
 @click.option("--tls-key", type=_FILE, help="PEM key of the certificate.")
-@click.option("--tls-client-ca", type=_FILE, help="PEM authority that clients must show.")
+@click.option("--tls-client-ca", type=_FILE, help="PEM authority; clients show a certificate that it signed.")
 @click.option("--token-file", "token_files", type=_FILE, multiple=True, help="Keys to accept, one a line. Repeatable.")
 @click.option("--allow-insecure", is_flag=True, help="Listen beyond loopback without TLS.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each executor. Default: half the cores.")

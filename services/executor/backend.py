@@ -58,7 +58,7 @@ def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: En
         from services.executor.cuda.runner import CudaRunner
         from services.executor.cuda.weights import CudaWeights
     except ImportError as error:
-        raise gpu_unusable(f"PyCUDA can't be imported ({error})", GET_PACKAGES) from None
+        raise gpu_unusable(f"PyCUDA can't be imported ({error})", GET_PACKAGES, index) from None
     phases.lap("imports")
     device = Device(index)
     atexit.register(device.close)
