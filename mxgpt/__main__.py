@@ -6,10 +6,15 @@ import os
 import signal
 import sys
 
+_SERVICES = ("serve", "loader", "tokenizer", "executor")
+
 
 def main() -> None:
     """Run the command of `sys.argv` and exit."""
     _open_streams()
+    if sys.argv[1:2] and sys.argv[1] not in _SERVICES:
+        # gRPC reads it when it is imported. Its log says in its own way what the command's one line of error says.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Ctrl-C in the half second of imports ends the process like any other, without a traceback through them.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mxgpt.cli.main import run

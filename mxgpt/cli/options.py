@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from mxgpt.cli.doorstep import trouble_at
+from mxgpt.cli.failures import ServerUnusableError
 from mxgpt.client import Client
-from mxgpt.connection import DEFAULT_TARGET
+from mxgpt.connection import DEFAULT_TARGET, Connection
+from mxgpt.errors import MxgptError
+from shared.errors import Reason
 from shared.keys import read_token
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,9 +64,12 @@ def server_options(command: F) -> F:
 
 
 def door_options(command: F) -> F:
-    """What to show a server, and what to expect of it; taken out of the arguments again by `door`."""
+    """What to show a server, and what to expect of it; taken out of the arguments again by `door`.
+
+    Where a command with `--server` fails for want of an answer, a look at the server's door says what is amiss there.
+    """
     return _apply(
-        command,
+        _explaining(command),
         click.option("--token-file", type=_PATH, help="File with the bearer token to send; else MXGPT_TOKEN."),
         click.option(
             "--tls-root",
@@ -196,6 +204,21 @@ def prompt_text(given: str | None) -> str:
         return text.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"the prompt on stdin is not UTF-8: {error}") from error
+
+
+def _explaining(command: F) -> F:
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except MxgptError as error:
+            if error.reason == Reason.EXECUTOR_UNAVAILABLE.name and options.get("server"):
+                trouble = trouble_at(Connection(**connection(options)))
+                if trouble is not None:
+                    raise ServerUnusableError(f"no answer ({error.reason}): {trouble}") from error
+            raise
+
+    return cast(F, run)
 
 
 def _bias(text: str) -> tuple[int, float]:
