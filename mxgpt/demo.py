@@ -13,7 +13,7 @@ from pathlib import Path
 from mxgpt.aio import AsyncClient
 from mxgpt.bundled import find_model
 from mxgpt.cli.answers import AnswerPrinter
-from mxgpt.cli.generate import describe_speed
+from mxgpt.cli.remarks import describe_speed
 from mxgpt.cli.terminal import dim
 from mxgpt.results import Result
 from mxgpt.serve import serving

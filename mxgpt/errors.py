@@ -19,6 +19,8 @@ _BROKEN = (
     grpc.StatusCode.UNKNOWN,
 )
 
+_NO_EXECUTOR = "what answered there is no executor, or an older one; executors listen on port 50051 by default"
+
 
 class MxgptError(Exception):
     """A call that failed.
@@ -83,6 +85,8 @@ def from_rpc_error(error: grpc.RpcError) -> MxgptError:
         return MxgptError(code, Reason.EXECUTOR_UNAVAILABLE.name, f"no answer from the server: {message}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return deadline_exceeded()
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return MxgptError(code, "", f"{_NO_EXECUTOR} ({message.rstrip('!')})")
     return MxgptError(code, "", message)
 
 

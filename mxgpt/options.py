@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 
 from mxgpt.errors import invalid_field
 from mxgpt.v1 import executor_pb2 as pb
+from shared.config import MAX_MESSAGE_BYTES
 
 Message = Mapping[str, Any]  # role, content and, where there are any, name, thinking, tool_calls
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -75,7 +76,7 @@ def build_request(prompt: Prompt, options: Mapping[str, Any]) -> pb.GenerateRequ
 
     Raises:
         TypeError: for an option that does not exist, as for any keyword argument, or a prompt of another kind.
-        MxgptError: FIELD_INVALID for a value that its field can't hold.
+        MxgptError: FIELD_INVALID for a value that its field can't hold, or more than one message may carry.
     """
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
@@ -84,12 +85,25 @@ def build_request(prompt: Prompt, options: Mapping[str, Any]) -> pb.GenerateRequ
             raise TypeError(f"unexpected option {name!r}")
         if value is not None:
             _set_option(request, name, value)
+    _check_size(request)
     return request
+
+
+def _check_size(request: pb.GenerateRequest) -> None:
+    size, field = request.ByteSize(), request.WhichOneof("input")
+    assert field is not None
+    if size > MAX_MESSAGE_BYTES:
+        raise invalid_field(
+            field, f"the request takes {size} bytes, and a message holds {MAX_MESSAGE_BYTES >> 20} MiB at most"
+        )
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
+        try:
+            request.text = prompt
+        except ValueError as error:
+            raise invalid_field("text", str(error)) from error
         return
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):

@@ -114,7 +114,7 @@ class Result:
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]  # of the prompt's tokens from the second on, where asked for
     outputs: tuple[Output, ...]
-    num_resumes: int  # how often the stream broke and went on elsewhere
+    num_resumes: int  # how often the stream broke and went on, at another executor or the same
 
     @property
     def text(self) -> str:

@@ -21,7 +21,7 @@ class RetryPolicy:
 
     max_attempts: int = 4  # in a row without a token, before the first token has come
     max_resume_attempts: int = 8  # the same after it, or while executors stop: another one may be starting
-    max_resumes: int = 32  # of one stream in all, so that a prompt that kills executors comes to an end
+    max_resumes: int = 32  # attempts to resume one stream in all: a prompt that kills executors comes to an end
     initial_backoff: float = 0.1  # seconds
     max_backoff: float = 5.0  # seconds
 
@@ -53,7 +53,14 @@ class Retries:
         self._uniform = uniform
         self._deadline = None if timeout is None else clock() + timeout
         self._num_failures = 0  # in a row, without a token between them
-        self.num_resumes = 0
+        self._num_resume_attempts = 0
+        self._is_resuming = False
+        self._num_resumes = 0
+
+    @property
+    def num_resumes(self) -> int:
+        """Breaks of the stream that it survived, however many attempts each took."""
+        return self._num_resumes
 
     def remaining(self) -> float | None:
         """Seconds left, for the next attempt; None for no limit.
@@ -71,6 +78,8 @@ class Retries:
     def succeeded(self) -> None:
         """Note that something new has come."""
         self._num_failures = 0
+        self._num_resumes += self._is_resuming
+        self._is_resuming = False
 
     def delay_after(self, error: MxgptError, started: bool) -> float:
         """Seconds to wait before the next attempt.
@@ -88,8 +97,9 @@ class Retries:
         if not self._is_passing(error) or self._num_failures >= limit:
             raise error
         if started:
-            self.num_resumes += 1
-            if self.num_resumes > self._policy.max_resumes:
+            self._is_resuming = True
+            self._num_resume_attempts += 1
+            if self._num_resume_attempts > self._policy.max_resumes:
                 raise error
         delay = self._backoff(error)
         left = self.remaining()

@@ -43,7 +43,8 @@ def start(executor, *arguments):
 
 def run(executor, *arguments, text=""):
     """(exit code, stdout, stderr) of a command in this process, whose stdin is a pipe with `text`."""
-    out, err, stdin = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(text.encode()))
+    stdin = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()))
+    out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr("sys.stdin", stdin)
         patch.setenv("MXGPT_SERVER", executor.address if executor else "127.0.0.1:1")
@@ -162,6 +163,13 @@ def test_errors_are_one_line_that_helps(executor, error, code, hint):
         ["generate", "x", "--logit-bias", "5"],
         ["generate", "x", "--token-ids"],
         ["generate", "x", "--token-file", "/nonexistent"],
+        ["generate", "x", "--timeout", "-3"],
+        ["generate", "x", "--logprobs", "3"],
+        ["generate", "x", "--prompt-logprobs", "3"],
+        ["generate", "a\udcff"],
+        ["generate", "x", "--stop", "a\udcff"],
+        ["chat", "a\udcff"],
+        ["chat", "x", "--system", "a\udcff"],
         ["no-such-command"],
         [],
     ],
@@ -171,6 +179,103 @@ def test_wrong_usage(executor, arguments):
     assert (code, out) == (2, "")
     assert "Usage" in err
     assert executor.requests == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--max-tokens", "0", "x>=1"),
+        ("--top-k", "-3", "x>=0"),
+        ("--seed", "-1", "x>=0"),
+        ("--top-p", "7", "0<x<=1"),
+        ("--n", "17", "1<=x<=16"),
+    ],
+)
+def test_a_number_out_of_its_range_is_told_the_range(executor, option, value, wanted):
+    code, _, err = run(executor, "generate", "x", option, value)
+    assert code == 2
+    assert option in err
+    assert f"not in the range {wanted}" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_stdin_that_is_no_text_is_wrong_usage(executor, command):
+    code, out, err = run(executor, command, text=b"a\xff\n")
+    assert (code, out) == (2, "")
+    assert "not UTF-8" in err
+
+
+def test_a_prompt_larger_than_a_message_is_told_the_limit(executor):
+    code, _, err = run(executor, "generate", text="x" * 2**24)
+    assert code == 1
+    assert "16 MiB at most" in err
+    assert err.count("\n") == 1
+
+
+ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, ASCII_LOCALE])
+def test_characters_that_the_terminal_lacks_are_replaced(executor, environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process = start(executor, "chat", "hé", "--max-tokens", "5")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, b"")
+    assert out.decode() == whole_text(0, 5).encode("ascii", "replace").decode() + "\n"
+    assert executor.requests[0].chat.messages[0].content == "hé"
+
+
+def test_json_is_whole_in_any_encoding(executor, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out, _ = start(executor, "generate", "x", "--max-tokens", "5", "--json").communicate(timeout=30)
+    assert json.loads(out.splitlines()[-1])["result"]["outputs"][0]["text"] == whole_text(0, 5)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_traceback(executor, closed):
+    environment = {**os.environ, "MXGPT_SERVER": executor.address}
+    command = f'"$0" -m mxgpt generate x --max-tokens 2 --stats {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable], cwd=ROOT, env=environment, capture_output=True, check=False, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout == ("" if ">&- 2" in closed or closed == ">&-" else whole_text(0, 2) + "\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remark"),
+    [
+        (["generate", "x", "--max-tokens", "5"], "stopped at 5 tokens (--max-tokens)"),
+        (["generate", "x", "--max-tokens", "5", "--n", "2"], "stopped at 5 tokens (--max-tokens)"),
+        (["generate", "x"], "stopped: the context of 14 tokens is full"),
+        (["chat", "x", "--max-tokens", "5"], "stopped at 5 tokens (--max-tokens)"),
+    ],
+)
+def test_a_limit_that_cut_the_text_off_is_told(executor, arguments, remark):
+    assert run(executor, *arguments)[2] == "", "a pipe gets no remarks"
+    code, _, err = run(executor, *arguments, "--stats")
+    assert code == 0
+    assert err.splitlines()[0] == remark
+    assert len(err.splitlines()) == 2
+    terminal = _Terminal(executor, *arguments)
+    terminal.expect(remark)
+    terminal.process.wait(10)
+
+
+def test_stats_count_the_breaks_that_were_survived(executor):
+    executor.faults[:] = [break_at(3)]
+    assert run(executor, "generate", "x", "--stats")[2].endswith("tokens/s, resumed once\n")
+    executor.faults[:] = [break_at(3), break_at(2)]
+    assert run(executor, "generate", "x", "--stats")[2].endswith("tokens/s, resumed 2 times\n")
+
+
+def test_a_conversation_with_nobody_does_not_begin():
+    terminal = _Terminal(None, "chat")
+    terminal.expect("mxgpt serve")
+    assert terminal.process.wait(30) == 3
+    assert ">" not in terminal.before
 
 
 @pytest.mark.parametrize(
@@ -242,7 +347,8 @@ class _Terminal:
 
     def __init__(self, executor, *arguments):
         self.fd, child = pty.openpty()
-        environment = {**os.environ, "MXGPT_SERVER": executor.address, "TERM": "xterm"}
+        address = executor.address if executor else "127.0.0.1:1"
+        environment = {**os.environ, "MXGPT_SERVER": address, "TERM": "xterm"}
         self.process = subprocess.Popen(
             [*MXGPT, *arguments], env=environment, cwd=ROOT, stdin=child, stdout=child, stderr=child
         )
@@ -255,7 +361,7 @@ class _Terminal:
     def expect(self, text):
         while text not in self.seen:
             self.seen += os.read(self.fd, 1000).decode(errors="replace")
-        self.seen = self.seen.partition(text)[2]
+        self.before, _, self.seen = self.seen.partition(text)
 
 
 def test_control_characters_do_not_reach_a_terminal(executor, monkeypatch):

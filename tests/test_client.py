@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 
 import grpc
 import pytest
@@ -93,6 +94,23 @@ def test_many_breaks_in_a_row(executor, complete):
     assert complete(executor.address, "hello").text == whole_text(0, NUM_TOKENS)
 
 
+def test_one_break_is_one_resume_however_many_attempts_it_took(executor, complete):
+    executor.faults[:] = [break_at(3), *(fail_at(0, DRAINING) for _ in range(5))]
+    result = complete(executor.address, "hello")
+    assert (result.text, result.num_resumes) == (whole_text(0, NUM_TOKENS), 1)
+    assert len(executor.requests) == 7
+
+
+def test_another_service_is_told_from_an_executor(complete):
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with pytest.raises(MxgptError, match="no executor, or an older one") as caught:
+        complete(address, "hello")
+    assert caught.value.status is grpc.StatusCode.UNIMPLEMENTED
+    server.stop(None)
+
+
 def test_a_stream_that_ends_early_in_good_order_is_resumed(executor, complete, monkeypatch):
     cut = itertools.chain([3], itertools.repeat(None))
     monkeypatch.setattr("tests.scripted_executor.messages", lambda *a: messages(*a)[: next(cut)])
@@ -128,12 +146,16 @@ def test_retry_info_reaches_the_caller(executor, complete):
     assert caught.value.retry_after == 30.0
 
 
-def test_attempts_are_bounded(executor, complete):
-    executor.faults[:] = [fail_at(0, DRAINING) for _ in range(50)]
+@pytest.mark.parametrize(
+    ("error", "num_attempts"),
+    [(ServiceError(Reason.STARTING, "soon"), QUICK.max_attempts), (DRAINING, QUICK.max_resume_attempts)],
+)
+def test_attempts_are_bounded(executor, complete, error, num_attempts):
+    executor.faults[:] = [fail_at(0, error) for _ in range(50)]
     with pytest.raises(MxgptError) as caught:
         complete(executor.address, "hello")
-    assert caught.value.reason == "DRAINING"
-    assert len(executor.requests) == QUICK.max_attempts
+    assert caught.value.reason == error.reason.name
+    assert len(executor.requests) == num_attempts
 
 
 def test_text_alone_is_not_resumed(executor, complete):

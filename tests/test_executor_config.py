@@ -56,6 +56,31 @@ def test_a_shorter_context_can_be_asked_for_and_a_longer_one_not(model: GPTConfi
     assert config(max_context=10**9).engine_config(model).max_context == model.context_length
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, None),
+        ({"max_context": 100}, None),
+        ({"max_context": 10**9}, "not the 1000000000 asked for: the model has no more"),
+        ({"kv_memory_bytes": 2 << 20}, "not the {own} of the model: the KV memory of 2 MiB holds no more"),
+        (
+            {"max_context": 10**9, "kv_memory_bytes": 2 << 20},
+            "not the 1000000000 asked for: the KV memory of 2 MiB holds no more",
+        ),
+        ({"max_context": 32, "kv_memory_bytes": 2 << 20}, None),
+    ],
+)
+def test_a_context_shorter_than_wanted_is_told(model: GPTConfig, options: dict[str, Any], words: str | None) -> None:
+    made = config(**options)
+    engine = made.engine_config(model)
+    warning = made.context_warning(model, engine)
+    if words is None:
+        assert warning is None
+    else:
+        words = words.format(own=model.context_length)
+        assert warning == f"the context has {engine.max_context} tokens, {words}"
+
+
 @pytest.mark.parametrize("bad", [{"device": "gpu"}, {"num_threads": 0}, {"kv_memory_bytes": 0}])
 def test_what_can_not_run_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

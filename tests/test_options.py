@@ -74,6 +74,9 @@ def test_one_stop_string_is_not_its_letters():
         ("x", {"max_tokens": 2**40}, "stopping.max_tokens"),
         ("x", {"date": "2026-01-02"}, "chat.date"),
         ([1, -2], {}, "token_ids.ids"),
+        ("half a pair: \ud83d", {}, "text"),
+        ("x", {"stop_strings": ["\udcff"]}, "stopping.stop_strings"),
+        ([{"role": "user", "content": "\udcff"}], {}, "chat.messages[0]"),
         ([{"role": "user", "contents": "hi"}], {}, "chat.messages[0]"),
         ([{"role": "user", "content": "hi"}], {"tools": [{"description": "nameless"}]}, "chat.tools"),
     ],
@@ -83,6 +86,17 @@ def test_values_that_do_not_fit_name_their_field(prompt, options, field):
         build_request(prompt, options)
     assert caught.value.field == field
     assert caught.value.reason == "FIELD_INVALID"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [("x" * 2**24, "text"), ([2**28] * 2**22, "token_ids"), ([{"role": "user", "content": "x" * 2**24}], "chat")],
+    ids=["text", "token ids", "chat"],
+)
+def test_a_request_larger_than_a_message_says_so(prompt, field):
+    with pytest.raises(MxgptError, match=r"bytes, and a message holds 16 MiB at most") as caught:
+        build_request(prompt, {})
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(("prompt", "options"), [("x", {"temprature": 1}), (["a", "b"], {}), (7, {})])

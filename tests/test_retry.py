@@ -59,6 +59,22 @@ def test_a_token_starts_the_count_again_but_not_that_of_resumes():
         retries.delay_after(BROKEN, started=True)
 
 
+def test_a_break_survived_counts_once_whatever_it_took():
+    retries = _retries(max_resume_attempts=8)
+    retries.delay_after(BROKEN, started=False)
+    retries.succeeded()
+    assert retries.num_resumes == 0, "nothing had come that could be resumed"
+    for _ in range(7):
+        retries.delay_after(BROKEN, started=True)
+    assert retries.num_resumes == 0, "not survived yet"
+    for _ in range(3):
+        retries.succeeded()
+    assert retries.num_resumes == 1
+    retries.delay_after(BROKEN, started=True)
+    retries.succeeded()
+    assert retries.num_resumes == 2
+
+
 def test_errors_of_the_request_are_not_tried_again():
     with pytest.raises(MxgptError) as caught:
         _retries().delay_after(INVALID, started=False)

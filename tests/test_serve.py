@@ -158,9 +158,9 @@ def test_interrupt_frees_the_engine(served):
 
 
 def test_errors_of_a_real_server(served):
-    code, _, err = mxgpt("generate", "x", "--top-p", "7", server=served.address)
+    code, _, err = mxgpt("generate", "x", "--stop", "", server=served.address)
     assert code == 1
-    assert "sampling.top_p" in err
+    assert "stopping.stop_strings" in err
     code, _, err = mxgpt("generate", "x", "--model", "other", server=served.address)
     assert code == 1
     assert "MODEL_NOT_FOUND" in err

@@ -142,6 +142,14 @@ def test_in_a_pipe_it_is_printed_once(watched: Stack, capsys: pytest.CaptureFixt
     assert "\x1b" not in out
 
 
+def test_characters_that_the_encoding_lacks_are_replaced(watched: Stack) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "mxgpt", "top", "--once", "--interval", "0.1", *addresses(watched)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"tokens/s" in done.stdout
+
+
 def test_nobody_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["top", "127.0.0.1:1"]) == 3
     assert "mxgpt serve" in capsys.readouterr().err

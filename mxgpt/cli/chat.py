@@ -9,8 +9,16 @@ from typing import Any
 import click
 
 from mxgpt.cli.answers import AnswerPrinter
-from mxgpt.cli.generate import describe_speed
-from mxgpt.cli.options import connect, generation_arguments, generation_options, prompt_text, server_options
+from mxgpt.cli.options import (
+    TEXT,
+    as_utf8,
+    connect,
+    generation_arguments,
+    generation_options,
+    prompt_text,
+    server_options,
+)
+from mxgpt.cli.remarks import describe_speed, note_lengths
 from mxgpt.cli.terminal import is_terminal, note
 from mxgpt.client import Client
 from mxgpt.results import Output
@@ -27,12 +35,12 @@ Examples:
   printf 'What is 2 + 3?\\nCount from 3 to 12.\\n' | mxgpt chat    # a turn for each line
 """
 )
-@click.argument("message", required=False)
+@click.argument("message", required=False, type=TEXT)
 @server_options
 @generation_options
-@click.option("--system", help="A system message to begin with.")
+@click.option("--system", type=TEXT, help="A system message to begin with.")
 @click.option("--reasoning-effort", type=click.Choice(["low", "medium", "high"]), help="For models that know it.")
-@click.option("--date", metavar="YYYY-MM-DD", help="The date that the model is told. Default: today.")
+@click.option("--date", type=TEXT, metavar="YYYY-MM-DD", help="The date that the model is told. Default: today.")
 @click.option("--thinking/--no-thinking", default=None, help="Show the reasoning. Default: at a terminal only.")
 @click.option("--stats", is_flag=True, help="Say on stderr how fast each answer came.")
 def chat(message: str | None, system: str | None, thinking: bool | None, stats: bool, **options: Any) -> None:
@@ -49,6 +57,7 @@ def chat(message: str | None, system: str | None, thinking: bool | None, stats: 
         if message is not None:
             conversation.answer(prompt_text(message))
         elif sys.stdin.isatty():
+            client.list_models()  # that nobody is there is said before a message is written
             _talk(conversation)
         else:
             for line in _lines():
@@ -85,6 +94,7 @@ class _Conversation:
         output: Output = result.outputs[0]
         # Reasoning is left out of later turns, as gpt-oss is trained.
         self._messages += [question, {"role": "assistant", "content": output.content}]
+        note_lengths(result, self._arguments.get("max_tokens"), self._stats)
         if self._stats:
             note(describe_speed(result))
 
@@ -95,10 +105,13 @@ def _talk(conversation: _Conversation) -> None:
     note(_COMMANDS_HELP)
     while True:
         try:
-            text = input("> ").strip()
+            text = as_utf8(input("> ")).strip()
         except EOFError:
             print()
             return
+        except UnicodeError:
+            note("that is not UTF-8")
+            continue
         if text in ("/exit", "/quit"):
             return
         if text == "/reset":
@@ -114,7 +127,10 @@ def _talk(conversation: _Conversation) -> None:
 
 
 def _lines() -> Iterator[str]:
-    for line in sys.stdin:
-        text = line.rstrip("\n")
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"line {number} on stdin is not UTF-8: {error}") from error
         if text.strip():
             yield text

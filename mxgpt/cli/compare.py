@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import grpc
 
 from mxgpt.aio import AsyncClient
 from mxgpt.cli.failures import CommandError
-from mxgpt.cli.terminal import print_table, printable, progress
+from mxgpt.cli.terminal import json_text, print_table, printable, progress
 from mxgpt.connection import Connection
 from mxgpt.errors import from_rpc_error
 from mxgpt.evaluate import MAX_TOKENS, TaskSet, demo_tasks
@@ -88,7 +87,7 @@ def compare(
     if picture is not None:
         picture.write_text(draw([panel(report)]))
     if as_json:
-        print(json.dumps(fields(report), indent=2, ensure_ascii=False))
+        print(json_text(fields(report), indent=2))
     else:
         _print(report, tensors)
 

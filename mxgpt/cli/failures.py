@@ -34,6 +34,14 @@ _HINTS = {
 class CommandError(Exception):
     """A failure of a command itself: one sentence, and what to do next."""
 
+    exit_code = FAILED
+
+
+class ServerUnusableError(CommandError):
+    """A server is there, and can't be talked to in this way."""
+
+    exit_code = UNAVAILABLE
+
 
 def report(error: Exception) -> int:
     """Say on stderr what went wrong; returns the exit code.
@@ -52,7 +60,7 @@ def report(error: Exception) -> int:
         return UNAVAILABLE if error.status is Status.UNAVAILABLE else FAILED
     if isinstance(error, CommandError | OSError):
         _print(str(error))
-        return FAILED
+        return error.exit_code if isinstance(error, CommandError) else FAILED
     raise error
 
 

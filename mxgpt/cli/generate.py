@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from typing import Any
 
 import click
 
-from mxgpt.cli.options import connect, generation_arguments, generation_options, prompt_text, server_options
-from mxgpt.cli.terminal import note, write
+from mxgpt.cli.options import TEXT, connect, generation_arguments, generation_options, prompt_text, server_options
+from mxgpt.cli.remarks import describe_speed, note_lengths
+from mxgpt.cli.terminal import json_text, note, write
 from mxgpt.client import Client, Generation
 from mxgpt.options import Prompt
 from mxgpt.results import Piece, Result
+
+_NUM_LOGPROBS = click.IntRange(0, 20)
 
 
 @click.command(
@@ -29,14 +31,14 @@ The demo models are trained on small tasks in conversations (mxgpt chat). Of pla
 but counting; the last example wants another model.
 """
 )
-@click.argument("prompt", required=False)
+@click.argument("prompt", required=False, type=TEXT)
 @server_options
 @generation_options
-@click.option("--n", type=int, help="Number of outputs; they are shown one after another.")
+@click.option("--n", type=click.IntRange(1, 16), help="Number of outputs; they are shown one after another.")
 @click.option("--token-ids", is_flag=True, help="The prompt is token ids, with blanks or commas between.")
 @click.option("--special-tokens", is_flag=True, help="Spell special tokens out in the text.")
-@click.option("--logprobs", type=int, help="With --json: log-probabilities of this many likely tokens.")
-@click.option("--prompt-logprobs", type=int, help="With --json: the same for the prompt.")
+@click.option("--logprobs", type=_NUM_LOGPROBS, help="With --json: log-probabilities of this many likely tokens.")
+@click.option("--prompt-logprobs", type=_NUM_LOGPROBS, help="With --json: the same for the prompt.")
 @click.option("--json", "as_json", is_flag=True, help="A line of JSON for each piece, and one for the result.")
 @click.option("--stats", is_flag=True, help="Say on stderr how fast it went.")
 def generate(prompt: str | None, token_ids: bool, as_json: bool, stats: bool, **options: Any) -> None:
@@ -45,31 +47,17 @@ def generate(prompt: str | None, token_ids: bool, as_json: bool, stats: bool, **
     Without PROMPT, or with "-", the prompt is read from stdin, less its last newline. Text is written as it comes;
     the last line is ended. Ctrl-C stops the generation on the server, too.
     """
+    for name in ("logprobs", "prompt_logprobs"):
+        if options[name] is not None and not as_json:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --json")
     text = prompt_text(prompt)
     with connect(options) as client:
         arguments = generation_arguments(options)
         wanted: Prompt = _token_ids(text) if token_ids else text
         result = _stream(client, wanted, arguments, as_json)
+    note_lengths(result, arguments.get("max_tokens"), stats)
     if stats:
         note(describe_speed(result))
-
-
-def describe_speed(result: Result) -> str:
-    """Tokens and rates of a result, in a line."""
-    num_tokens = sum(output.usage.num_output_tokens for output in result.outputs if output.usage)
-    timings = result.timings
-    assert timings is not None
-    # The first token of an output falls to the prompt.
-    rates = [
-        (o.usage.num_output_tokens - 1) / o.timings.decode_seconds
-        for o in result.outputs
-        if o.usage and o.timings and o.timings.decode_seconds > 0
-    ]
-    resumed = f", resumed {result.num_resumes} times" if result.num_resumes else ""
-    return (
-        f"{len(result.prompt_token_ids)} prompt tokens, first token after {timings.first_token_seconds:.3f} s, "
-        f"{num_tokens} tokens at {sum(rates):.1f} tokens/s{resumed}"
-    )
 
 
 def _stream(client: Client, prompt: Prompt, arguments: dict[str, Any], as_json: bool) -> Result:
@@ -126,7 +114,7 @@ def _piece_fields(piece: Piece) -> dict[str, Any]:
 
 
 def _write_line(fields: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(fields) + "\n")
     sys.stdout.flush()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mxgpt.cli.failures import FAILED, OK
-from mxgpt.cli.terminal import print_table, printable, progress
+from mxgpt.cli.terminal import json_text, print_table, printable, progress
 from mxgpt.inspect_file import CudaMemory, Inspection, inspect_file
 
 
@@ -55,7 +54,7 @@ def inspect(
             file, context, sequences, weights, digest, lambda done, total: bar.update(task, completed=done, total=total)
         )
     if as_json:
-        print(json.dumps(_fields(found), indent=2, ensure_ascii=False))
+        print(json_text(_fields(found), indent=2))
     else:
         _print(found, metadata)
     context_.exit(FAILED if found.problems else OK)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -41,6 +42,12 @@ def write(text: str, faint: bool = False) -> None:
     safe = printable(text) if is_terminal(sys.stdout) else text
     sys.stdout.write(dim(safe, sys.stdout) if faint else safe)
     sys.stdout.flush()
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for stdout, with characters escaped where its encoding may lack them."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return json.dumps(value, indent=indent, ensure_ascii=not is_unicode)
 
 
 def note(text: str) -> None:

@@ -72,6 +72,18 @@ class ExecutorConfig:
             max_waiting=self.max_waiting,
         )
 
+    def context_warning(self, model: GPTConfig, engine: EngineConfig) -> str | None:
+        """Why the context is shorter than was asked for, or than the model's own; None where it is not."""
+        wanted = self.max_context or model.context_length
+        if engine.max_context >= wanted:
+            return None
+        whose = "asked for" if self.max_context else "of the model"
+        if engine.max_context < min(wanted, model.context_length):
+            why = f"the KV memory of {self.kv_memory_bytes >> 20} MiB holds no more"
+        else:
+            why = "the model has no more"
+        return f"the context has {engine.max_context} tokens, not the {wanted} {whose}: {why}"
+
     def kv_bytes(self, model: GPTConfig, engine: EngineConfig) -> int:
         """Bytes of all the engine's KV blocks."""
         groups = kv_groups(model, self.block_size, on_gpu=self.device != "cpu")

@@ -93,6 +93,9 @@ class Executor:
         phases.lap("attach")
         manifest = attachment.manifest
         engine_config = self._config.engine_config(manifest.config)
+        warning = self._config.context_warning(manifest.config, engine_config)
+        if warning is not None:
+            log.warning("%s", warning)
         await self._engine.start(
             manifest,
             attachment.descriptors,
