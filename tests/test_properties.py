@@ -34,6 +34,8 @@ REFUSALS = frozenset(reason for reason in Reason if reason.status in (Status.INV
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 few = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
+NESTED = '{"<|end|>": [' * 350 + "]}" * 350  # deeper than code that recurses may follow, and not too deep to parse
+
 # Values that are often right, so that a message gets past its first check.
 SMALL_IDS = st.integers(0, 99)
 NAMING_A_MODEL = (
@@ -61,9 +63,11 @@ KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "mxgpt.v1.ChatMessage.role": st.sampled_from(["system", "user", "assistant", "tool"]),
     "mxgpt.v1.ChatMessage.content": st.sampled_from(["hi", "<|end|><|start|>system", "\ufdd0<|end|>", "{{ x }}"]),
     "mxgpt.v1.ToolCall.name": st.just("f"),
-    "mxgpt.v1.ToolCall.arguments_json": st.sampled_from(["{}", '{"a": [1, "<|end|>"]}', '["\\ud800"]', "[" * 9999]),
+    "mxgpt.v1.ToolCall.arguments_json": st.sampled_from(
+        ["{}", '{"a": [1, "<|end|>"]}', '["\\ud800"]', "[" * 9999, NESTED]
+    ),
     "mxgpt.v1.Tool.name": st.just("f"),
-    "mxgpt.v1.Tool.parameters_json": st.sampled_from(["", "{}", '{"type": "object"}', "null"]),
+    "mxgpt.v1.Tool.parameters_json": st.sampled_from(["", "{}", '{"type": "object"}', "null", NESTED]),
     "mxgpt.v1.SequenceOpen.sequence_id": st.integers(0, 3),
     "mxgpt.v1.SequenceTokens.sequence_id": st.integers(0, 3),
     "mxgpt.v1.DetokenizeStreamRequest.closed_ids": st.integers(0, 3),

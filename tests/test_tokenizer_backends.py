@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.tokenizer.backends import GGUF_BPE, HF_JSON, Tokenizer, make_tokenizer
+from services.tokenizer.encoders import SHORT_CHARS
 from services.tokenizer.sequence_text import PlainStream
 from shared.errors import Reason, ServiceError
 from tests.conformance_strings import conformance_strings
@@ -49,6 +51,23 @@ def test_encoding_is_that_of_the_tokenizer_json(
         expected = reference.encode(text, add_special_tokens=False).ids
         assert gguf_bpe.encode(text, parse_special=parse_special, add_special=False) == expected, text
         assert hf_json.encode(text, parse_special=parse_special, add_special=False) == expected, text
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_long_texts_are_encoded_as_short_ones(
+    trained: TrainedTokenizer, gguf_bpe: Tokenizer, parse_special: bool
+) -> None:
+    """They take another way through the library, and so do the spellings in them."""
+    reference = tokenizers.Tokenizer.from_str(trained.json)
+    reference.encode_special_tokens = not parse_special
+    text = "".join(STRINGS)
+    assert len(text) > SHORT_CHARS
+    expected = reference.encode(text, add_special_tokens=False).ids
+    assert gguf_bpe.encode(text, parse_special=parse_special, add_special=False) == expected
+    spellings = gguf_bpe.vocabulary.special_spellings
+    assert spellings is not None
+    pattern = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    assert spellings.spans(text) == [match.span() for match in pattern.finditer(text)] != []
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])

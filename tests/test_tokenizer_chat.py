@@ -222,6 +222,10 @@ def test_today() -> None:
     assert today(chat()) in (time.strftime("%Y-%m-%d", time.gmtime(time.time() - shift)) for shift in (0, 5))
 
 
+def nested(depth: int) -> str:
+    return '{"a": [' * (depth // 2) + "{}" * (depth % 2) + "]}" * (depth // 2)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -234,7 +238,13 @@ def test_today() -> None:
         ({"tools": [{"name": "f", "parameters_json": "{"}]}, "chat.tools[0].parameters_json"),
         ({"tools": [{"name": "f", "parameters_json": "[1]"}]}, "chat.tools[0].parameters_json"),
         ({"tools": [{"name": "f", "parameters_json": "[" * 100_000}]}, "chat.tools[0].parameters_json"),
+        ({"tools": [{"name": "f", "parameters_json": nested(65)}]}, "chat.tools[0].parameters_json"),
+        ({"tools": [{"name": "f", "parameters_json": nested(600)}]}, "chat.tools[0].parameters_json"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "chat.messages[0].tool_calls[0].name"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments_json": "[" * 65 + "]" * 65}]}]},
+            "chat.messages[0].tool_calls[0].arguments_json",
+        ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments_json": "NaN"}]}]},
             "chat.messages[0].tool_calls[0].arguments_json",
@@ -247,6 +257,13 @@ def test_a_field_that_is_wrong_is_named(fields: dict[str, Any], field: str) -> N
         template_variables(tokenizer(), chat(**fields))
     assert raised.value.reason is Reason.FIELD_INVALID
     assert raised.value.field == field
+
+
+def test_json_of_64_levels_is_rendered() -> None:
+    fields = chat(tools=[{"name": "<|end|>", "parameters_json": nested(64)}])
+    guarded = guard(tokenizer(), template_variables(tokenizer(), fields), CONTENT_KEYS)
+    assert guarded.mark is not None
+    assert render("{{ tools[0].function.parameters | tojson }}", dict(guarded.variables)) == nested(64)
 
 
 def test_a_message_cannot_spell_special_tokens() -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from services.tokenizer.servicer import MAX_CHAT_BYTES, MAX_TEXT_BYTES
+from services.tokenizer.backends import make_tokenizer
+from services.tokenizer.metrics import TokenizerMetrics
+from services.tokenizer.servicer import MAX_CHAT_BYTES, MAX_TEXT_BYTES, TokenizerServicer
+from services.tokenizer.store import FileStore
+from services.tokenizer.template_pool import TemplatePool
 from shared.errors import Reason
 from shared.rpc_errors import from_rpc_error
 from shared.tokenizer_data import TokenizerData
 from shared.tokenizer_data_proto import to_pieces
+from tests.calls import uncounted_calls
 from tests.stack import Service
 from tests.tokenizer_files import GPT_2, GPT_4O, trained_tokenizer
 
@@ -203,6 +211,57 @@ def test_a_stream_in_harmonys_format(stub: Any) -> None:
     assert {(segment.channel, segment.recipient) for segment in segments} == {("commentary", "functions.f")}
     assert "".join(segment.text for segment in segments) == "{}"
     assert texts[-1].finished
+
+
+LONG_REQUESTS: dict[str, Callable[[int], Any]] = {
+    "Tokenize": lambda _: tokenizer_pb2.TokenizeRequest(text="many words " * 30_000),
+    "Detokenize": lambda a: tokenizer_pb2.DetokenizeRequest(token_ids=[a] * (1 << 20)),
+    "RenderChat": lambda _: tokenizer_pb2.RenderChatRequest(
+        chat={"messages": [{"role": "user", "content": "many words " * 30_000}]}
+    ),
+    "DetokenizeStream": lambda a: tokenizer_pb2.DetokenizeStreamRequest(
+        opens=[tokenizer_pb2.SequenceOpen(sequence_id=1, replayed_token_ids=[a] * 600_000)]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", LONG_REQUESTS)
+def test_a_long_request_holds_up_no_other(method: str) -> None:
+    """The event loop turns on all the while; how long one turn took is compared with how long the answer did."""
+    tokenizer = make_tokenizer(trained_tokenizer(GPT_4O).data(chat_template="{{ messages[0].content }}"))
+    request = LONG_REQUESTS[method](trained_tokenizer(GPT_4O).id_of("a"))
+
+    async def main() -> tuple[float, float]:
+        templates = TemplatePool(1)
+        await templates.start()
+        metrics = TokenizerMetrics(CollectorRegistry())
+        servicer = TokenizerServicer(FileStore(tokenizer), templates, uncounted_calls(), metrics)
+        try:
+            start = time.monotonic()
+            answer = asyncio.create_task(answered(servicer, method, request))
+            longest_turn, turn = 0.0, start
+            while not answer.done():
+                await asyncio.sleep(0)
+                longest_turn, turn = max(longest_turn, time.monotonic() - turn), time.monotonic()
+            await answer
+            return longest_turn, time.monotonic() - start
+        finally:
+            await templates.close()
+
+    longest_turn, seconds = asyncio.run(main())
+    assert longest_turn < 0.6 * seconds
+
+
+async def answered(servicer: TokenizerServicer, method: str, request: Any) -> None:
+    """Have a servicer answer one request, without a server."""
+    context = AsyncMock(grpc.aio.ServicerContext)
+    context.invocation_metadata = lambda: ()
+
+    async def requests() -> AsyncIterator[Any]:
+        yield request
+
+    await getattr(servicer, method)(requests() if method == "DetokenizeStream" else request, context)
+    assert not context.abort.called
 
 
 class FakeLoader(loader_pb2_grpc.LoaderServiceServicer):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import string
+import time
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mxgpt.v1 import tokenizer_pb2
+from services.tokenizer.detokenizer import Detokenizer
 from services.tokenizer.sequence_text import PlainStream
-from services.tokenizer.stop_strings import ROOT, StopStrings
-from services.tokenizer.vocabulary import TokenTable
+from services.tokenizer.stop_strings import NOTHING, StopStrings
+from services.tokenizer.vocabulary import TokenTable, make_vocabulary
 from shared.errors import Reason, ServiceError
 
 ALPHABET = "ab é€👩\u200d"
@@ -168,17 +174,87 @@ def is_text(data: bytes) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None)
-@given(stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=5), text=st.text("abc", max_size=30))
-def test_stop_strings(stops: list[str], text: str) -> None:
-    automaton = StopStrings(stops)
+@st.composite
+def repetitive_texts(draw: st.DrawFn, max_count: int) -> str:
+    """Text that begins stop strings again and again, and is often longer than the masks are deep at first."""
+    parts = draw(st.lists(st.tuples(st.text("ab", min_size=1, max_size=3), st.integers(1, max_count)), max_size=4))
+    return "".join(unit * count for unit, count in parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    stops=st.lists(repetitive_texts(40).filter(bool), min_size=1, max_size=6),
+    before=repetitive_texts(50),
+    pieces=st.lists(st.text("abc", max_size=6) | repetitive_texts(30), max_size=6),
+    num_passed_over=st.integers(0, 4),
+    max_masks=st.sampled_from([1, 2, 256]),
+)
+def test_stop_strings(stops: list[str], before: str, pieces: list[str], num_passed_over: int, max_masks: int) -> None:
+    """Against the definition, after each piece of a text; other texts use the same stop strings at the same time."""
     beginnings = {stop[:length] for stop in stops for length in range(1, len(stop))}
-    state = ROOT
-    for end in range(1, len(text) + 1):
-        state = automaton.step(state, text[end - 1])
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        assert automaton.matched[state] == (max(found, key=len) if found else None)
-        assert automaton.held[state] == max((len(b) for b in beginnings if text[:end].endswith(b)), default=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.tokenizer.stop_strings.MAX_MASKS", max_masks)
+        found = StopStrings(stops)
+        state = other_state = NOTHING
+        text = ""
+        for count, piece in enumerate([before, *pieces]):
+            start, text = len(text), text + piece
+            passes_over = count < num_passed_over
+            state, end, stop = found.step(state, piece, passes_over)
+            ended = next((end for end in range(start + 1, len(text) + 1) if text[:end].endswith(tuple(stops))), None)
+            if ended is not None and not passes_over:
+                longest = max((stop for stop in stops if text[:ended].endswith(stop)), key=len)
+                assert (end, stop) == (ended - start, longest)
+                return
+            assert (end, stop) == (0, "")
+            assert found.num_held(state) == max((len(b) for b in beginnings if text.endswith(b)), default=0)
+            other_state, _, _ = found.step(other_state, piece[::-1], True)
+
+
+def test_stop_strings_take_little_more_memory_than_their_characters() -> None:
+    """16 KiB of them are what a request may bring for each of its sequences."""
+    random = Random(5)
+    alphabet = string.ascii_letters
+    sets = [["".join(random.choices(alphabet, k=1024)) for _ in range(16)] for _ in range(32)]
+    table = table_of([character.encode() for character in alphabet])
+    tracemalloc.start()
+    try:
+        start = time.process_time()
+        streams = [PlainStream(table, [], StopStrings(stops), 0, 0) for stops in sets]
+        for stream in streams:
+            stream.feed(range(len(alphabet)))
+        seconds = time.process_time() - start
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used / len(streams) < 48 << 10
+    assert seconds / len(streams) < 0.05, "tracing included"
+
+
+def test_text_that_almost_ends_long_stop_strings_costs_little() -> None:
+    """100,000 ids, after each of which 16 stop strings are all but complete, take well under ten seconds."""
+    stops = ["a" * (1008 + index) + "c" for index in range(15)] + ["ba" * 500 + "c"]
+    stream = PlainStream(table_of([b"a", b"aaaaaaaa", b"baba"]), [], StopStrings(stops), 0, 0)
+    start = time.process_time()
+    stream.feed([0] * 70_000 + [1] * 10_000 + [2] * 20_000)
+    assert time.process_time() - start < 5
+    assert stream.matched_stop is None
+
+
+def test_sequences_share_equal_stop_strings() -> None:
+    """The outputs of one request have the same; they go with the last sequence that has them."""
+    detokenizer = Detokenizer(make_vocabulary(2, {0: "a", 1: "b"}, {}, {}))
+    opens = [
+        tokenizer_pb2.SequenceOpen(sequence_id=index, stop_strings=["aa", f"b{index // 8}"]) for index in range(16)
+    ]
+    detokenizer.handle(tokenizer_pb2.DetokenizeStreamRequest(opens=opens))
+    assert len(detokenizer._stop_strings) == 2
+    detokenizer.handle(tokenizer_pb2.DetokenizeStreamRequest(closed_ids=range(8)))
+    assert len(detokenizer._stop_strings) == 1
+    tokens = [tokenizer_pb2.SequenceTokens(sequence_id=index, token_ids=[0, 0]) for index in range(8, 16)]
+    answer = detokenizer.handle(tokenizer_pb2.DetokenizeStreamRequest(tokens=tokens))
+    assert {text.matched_stop for text in answer.texts} == {"aa"}
+    assert not detokenizer._stop_strings
 
 
 def released(texts: Sequence[str], stops: Sequence[str], min_tokens: int = 0) -> list[tuple[int, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
+from services.tokenizer.encoders import encode_ids
 from services.tokenizer.panics import panics_as_errors
 from services.tokenizer.splits import GPT_4O_SPLIT
 from services.tokenizer.tokenizer_json import parse_tokenizer_json
@@ -54,7 +55,7 @@ class Tokenizer:
         """
         encoder = self.special if parse_special else self.plain
         with panics_as_errors():
-            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+            ids = encode_ids(encoder, text)
         if add_special and self.data.add_bos_token and self.data.bos_token_id is not None:
             return [self.data.bos_token_id, *ids]
         return ids

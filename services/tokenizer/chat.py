@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from mxgpt.v1 import executor_pb2
 from services.tokenizer.backends import Tokenizer
-from shared.errors import ServiceError, invalid_field
+from shared.errors import invalid_field
 
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool"))
 REASONING_EFFORTS = frozenset(("low", "medium", "high"))
+MAX_JSON_DEPTH = 64  # of objects and arrays in one another; what walks through them recurses
 CONTENT_KEYS = ("messages", "tools")  # the variables that hold what others wrote
 
 
@@ -94,18 +96,33 @@ def _tool(tool: executor_pb2.Tool, path: str) -> dict[str, Any]:
 def _parse_json(text: str, path: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
+        _check_depth(value)
         json.dumps(value, ensure_ascii=False).encode()  # an escape may be half of a surrogate pair, which is no text
         return value
-    except (ValueError, RecursionError) as error:
-        raise _invalid_json(path, error) from None
+    except ValueError as error:
+        raise invalid_field(path, f"is no valid JSON: {error}"[:300]) from None
+    except RecursionError:
+        raise invalid_field(path, f"is nested deeper than {MAX_JSON_DEPTH} levels") from None
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError for a value nested too deep, as json.loads does for much deeper ones."""
+    nested = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        nested = [part for each in nested for part in _parts(each) if isinstance(part, (dict, list))]
+        if not nested:
+            return
+    raise RecursionError
+
+
+def _parts(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
-
-
-def _invalid_json(path: str, error: Exception) -> ServiceError:
-    return invalid_field(path, f"is no valid JSON: {error}"[:300])
 
 
 def _special_text(tokenizer: Tokenizer, token_id: int | None) -> str:

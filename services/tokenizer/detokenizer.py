@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 from mxgpt.v1 import tokenizer_pb2
 from services.tokenizer.harmony import HarmonyStream
@@ -25,6 +26,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._sequences: dict[int, SequenceText] = {}
         self._ended_ids: OrderedDict[int, None] = OrderedDict()
+        self._stop_strings: WeakValueDictionary[tuple[str, ...], StopStrings] = WeakValueDictionary()
 
     @property
     def num_sequences(self) -> int:
@@ -104,7 +106,7 @@ class Detokenizer:
         return sequence
 
     def _new_sequence(self, request: tokenizer_pb2.SequenceOpen) -> SequenceText:
-        stops = _stop_strings(request.stop_strings)
+        stops = self._find_stop_strings(request.stop_strings)
         table = self._vocabulary.table(request.special_tokens)
         prompt = request.prompt_token_ids
         if not request.harmony:
@@ -114,6 +116,17 @@ class Detokenizer:
             raise invalid_field("opens.harmony", "the model's vocabulary lacks special tokens of Harmony")
         return HarmonyStream(table, markers, prompt, stops, request.min_tokens, request.num_released)
 
+    def _find_stop_strings(self, texts: Sequence[str]) -> StopStrings | None:
+        """Those of a new sequence; the outputs of a request have theirs in common."""
+        _check_stop_strings(texts)
+        if not texts:
+            return None
+        key = tuple(texts)
+        found = self._stop_strings.get(key)
+        if found is None:
+            found = self._stop_strings[key] = StopStrings(key)
+        return found
+
     def _end(self, sequence_id: int) -> None:
         self._sequences.pop(sequence_id, None)
         self._ended_ids[sequence_id] = None
@@ -121,11 +134,10 @@ class Detokenizer:
             self._ended_ids.popitem(last=False)
 
 
-def _stop_strings(texts: Sequence[str]) -> StopStrings | None:
+def _check_stop_strings(texts: Sequence[str]) -> None:
     if len(texts) > MAX_STOP_STRINGS:
         raise invalid_field("opens.stop_strings", f"{len(texts)} of them, and {MAX_STOP_STRINGS} are taken")
     for index, text in enumerate(texts):
         if not 1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES:
             why = f"has {len(text.encode())} bytes, outside [1, {MAX_STOP_STRING_BYTES}]"
             raise invalid_field(f"opens.stop_strings[{index}]", why)
-    return StopStrings(texts) if texts else None

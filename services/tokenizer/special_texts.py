@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection
 import tokenizers
 from tokenizers import AddedToken, models
 
+from services.tokenizer.encoders import encode_spans
+
 _UNKNOWN = ""  # no spelling is empty
 
 
@@ -29,8 +31,7 @@ class SpecialTexts:
         """Where spellings begin and end, in characters: from the left, the longest at each place, none overlapping."""
         if self._prefix and self._prefix not in text:
             return []
-        found = self._finder.encode(text, add_special_tokens=False)
-        return [span for token_id, span in zip(found.ids, found.offsets, strict=True) if token_id != 0]
+        return [span for token_id, span in encode_spans(self._finder, text) if token_id != 0]
 
     def replace(self, text: str, change: Callable[[str], str]) -> str:
         """The text with each spelling changed."""

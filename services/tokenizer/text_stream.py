@@ -10,7 +10,7 @@ import codecs
 from collections import deque
 from dataclasses import dataclass, field
 
-from services.tokenizer.stop_strings import ROOT, StopStrings
+from services.tokenizer.stop_strings import NOTHING, StopStrings
 
 
 @dataclass(slots=True)
@@ -39,7 +39,8 @@ class TextStream:
     ) -> None:
         self.matched_stop: str | None = None  # once set, the sequence is over
         self._stops = stop_strings
-        self._state = ROOT
+        self._stop_state = NOTHING
+        self._num_held = 0  # characters at the end of the text that begin a stop string
         self._min_tokens = min_tokens
         self._begun = begun
         self._num_to_skip = num_released
@@ -62,14 +63,15 @@ class TextStream:
         if text is None or self._is_open or self._begun:
             text = self._decode(piece)
         stops = self._stops
-        num_held = 0
-        if stops is not None:
-            if (self._state or not stops.first_characters.isdisjoint(text)) and self._finds_stop(1, text):
-                return True
-            num_held = stops.held[self._state]
-        if self._waiting or self._is_open or num_held:
+        if (
+            stops is not None
+            and (self._num_held or not stops.first_characters.isdisjoint(text))
+            and self._finds_stop(1, text)
+        ):
+            return True
+        if self._waiting or self._is_open or self._num_held:
             self._wait(1, text)
-            self._release_waiting(num_held)
+            self._release_waiting()
         else:
             self._release(1, text)
         return False
@@ -92,8 +94,9 @@ class TextStream:
             if self._stops is not None and self._finds_stop(0, text):
                 return True
             self._wait(0, text)
-        self._state = ROOT
-        self._release_waiting(num_held=0)
+        self._stop_state = NOTHING
+        self._num_held = 0
+        self._release_waiting()
         return False
 
     def take(self) -> tuple[int, str]:
@@ -114,18 +117,17 @@ class TextStream:
 
     def _finds_stop(self, num_ids: int, text: str) -> bool:
         """Look for the end of a stop string in the newest text; where there is one, release what precedes it."""
-        stops, state = self._stops, self._state
+        stops = self._stops
         assert stops is not None
-        for index, character in enumerate(text):
-            state = stops.step(state, character)
-            matched = stops.matched[state]
-            if matched is not None and self._num_ids > self._min_tokens:
-                num_chars = self._num_waiting_chars + index + 1 - len(matched)
-                self._wait(num_ids, text)
-                self._release_cut(num_chars)
-                self.matched_stop = matched
-                return True
-        self._state = state
+        passes_over = self._num_ids <= self._min_tokens
+        self._stop_state, num_chars, stop = stops.step(self._stop_state, text, passes_over)
+        if stop:
+            num_chars += self._num_waiting_chars - len(stop)
+            self._wait(num_ids, text)
+            self._release_cut(num_chars)
+            self.matched_stop = stop
+            return True
+        self._num_held = stops.num_held(self._stop_state)
         return False
 
     def _wait(self, num_ids: int, text: str) -> None:
@@ -138,9 +140,9 @@ class TextStream:
         group.is_open = self._is_open
         self._num_waiting_chars += len(text)
 
-    def _release_waiting(self, num_held: int) -> None:
-        """Release what waits, except for the ids whose text overlaps the last `num_held` characters."""
-        waiting = self._waiting
+    def _release_waiting(self) -> None:
+        """Release what waits, except for the ids whose text overlaps the characters held."""
+        waiting, num_held = self._waiting, self._num_held
         while waiting and not waiting[0].is_open and self._num_waiting_chars - waiting[0].num_chars >= num_held:
             group = waiting.popleft()
             self._num_waiting_chars -= group.num_chars

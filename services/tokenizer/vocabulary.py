@@ -21,6 +21,8 @@ BYTE_OF_CHARACTER: Mapping[str, int] = {chr(byte): byte for byte in _PRINTABLE} 
     chr(0x100 + index): byte for index, byte in enumerate(_OTHERS)
 }
 
+NUM_JOINED = 1 << 16  # pieces at once: the 2^20 of a long text, all at once, took three times as long
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -36,8 +38,11 @@ class TokenTable:
             ServiceError: TOKEN_ID_INVALID.
         """
         pieces = self.pieces
+        parts = []
         try:
-            return b"".join([pieces[token_id] for token_id in token_ids]).decode("utf-8", "replace")
+            for start in range(0, len(token_ids), NUM_JOINED):
+                parts.append(b"".join([pieces[token_id] for token_id in token_ids[start : start + NUM_JOINED]]))
+            return b"".join(parts).decode("utf-8", "replace")
         except IndexError:
             raise invalid_token_id(max(token_ids), len(pieces)) from None
 
