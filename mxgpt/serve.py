@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
-import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -29,6 +27,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxgpt.child import Child
+from mxgpt.ports import Port, why_taken
 from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from shared.certificates import check_files
 from shared.channel import Channel, open_channel
@@ -164,7 +163,7 @@ class Supervisor:
             ServiceError: for a model that can't be loaded, or a GPU that can't be used.
             ServeError: for a port that is taken, or a service that ended instead.
         """
-        _require_free_ports(self.config)
+        _require_free(_ports(self.config))
         require_gpu(self.config.device)
         await asyncio.to_thread(_check_model, self.config.model)
         loader = await self._start_loader()
@@ -369,33 +368,21 @@ def _check_model(path: Path) -> None:
     GPTConfig.from_gguf(gguf).check_tensors(gguf)
 
 
-def _require_free_ports(config: ServeConfig) -> None:
-    """Refuse ports that are taken before anything is started.
+def _require_free(ports: Iterable[Port]) -> None:
+    for port in ports:
+        why = why_taken(port) if port.number else None
+        if why is not None:
+            raise ServeError(why)
 
-    Raises:
-        ServeError: naming the address and its option.
-    """
-    wanted = [(config.host, config.port, "--port")]
-    wanted += [(LOOPBACK, config.tokenizer_port, "--tokenizer-port"), (LOOPBACK, config.loader_port, "--loader-port")]
+
+def _ports(config: ServeConfig) -> Iterator[Port]:
+    """Every port that is asked for by its number."""
+    yield Port(config.host, config.port, "--port")
+    yield Port(LOOPBACK, config.tokenizer_port, "--tokenizer-port")
+    yield Port(LOOPBACK, config.loader_port, "--loader-port")
     if config.metrics_port:
-        ports = range(config.metrics_port, config.metrics_port + 2 + config.num_executors)
-        wanted += [(LOOPBACK, port, "--metrics-port") for port in ports]
-    for host, port, option in wanted:
-        try:
-            if port:
-                _bind(host, port)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ServeError(f"can't listen on {host}:{port} ({option}): {error.strerror}") from None
-            who = "perhaps by another `mxgpt serve`; give another port, or --port 0 for free ones"
-            raise ServeError(f"{host}:{port} ({option}) is in use, {who}") from None
-
-
-def _bind(host: str, port: int) -> None:
-    family, type_, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, type_, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: connections that ended don't count
-        probe.bind(address)
+        for number in range(2 + config.num_executors):
+            yield Port(LOOPBACK, config.metrics_port + number, "--metrics-port")
 
 
 def _make_keys(directory: Path, token: str) -> Path:
