@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from mxgpt.inspect_file import inspect_file
 from mxgpt.v1 import loader_pb2
 from services.loader import cpu_memory, provenance
 from services.loader import loads as loads_module
+from services.loader.cpu_memory import CpuMemory
+from services.loader.cuda.memory import CudaMemory
 from services.loader.loading import Progress, Stage
+from shared import cuda_layout
 from shared.digest import StoppedError
 from shared.errors import Reason
 from shared.layout import BLOCKS_LAYOUT, FLOAT32_LAYOUT, LAYOUTS
@@ -381,3 +385,23 @@ async def test_memory_is_estimated_for_models_and_files_alike(tmp_path: Path, gp
             (request(model=model.name, context_length=model.config.context_length + 1), Reason.FIELD_INVALID),
         ):
             assert (await refusal(estimate(wrong))).reason is reason
+
+
+@asynchronous
+async def test_a_loader_for_a_gpu_estimates_what_a_gpu_takes(
+    tmp_path: Path, gpt_oss: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mxgpt inspect` does: allocations of 2 MiB at least, KV in halves, an executor's workspace."""
+    monkeypatch.setattr(CpuMemory, "plan", lambda self, file, config: cuda_layout.plan(file, config))
+    monkeypatch.setattr(CpuMemory, "estimate", CudaMemory.estimate)
+    async with running_loader(tmp_path) as running:
+        request = loader_pb2.EstimateMemoryRequest(path=str(gpt_oss), context_length=64, num_sequences=3)
+        answer = await running.stub.EstimateMemory(request)
+    inspected = inspect_file(gpt_oss, context=64, num_sequences=3).cuda_memory
+    assert inspected is not None
+    estimate = inspected.estimate
+    assert answer.weight_bytes == estimate.weight_bytes
+    assert answer.kv_bytes_per_token == estimate.kv_bytes_per_token
+    assert answer.activation_bytes == estimate.workspace_bytes
+    totals = {number: total for _, number, total in inspected.totals}
+    assert estimate.total(answer.kv_bytes) == totals[3]

@@ -31,7 +31,6 @@ from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Manifest
 from shared.manifest_proto import manifest_from_proto, manifest_to_proto
-from shared.memory import estimate_memory
 from shared.server import Server, servicer_method
 from shared.tokenizer_data_proto import to_pieces
 from shared.tracing import Span
@@ -111,7 +110,8 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
         config, planned = await self._planned(request)
         if request.context_length > config.context_length:
             raise invalid_field("context_length", f"is more than the model's {config.context_length}")
-        estimate = estimate_memory(config, planned, request.context_length, request.num_sequences or 1)
+        memory = self._loads.options.memory
+        estimate = memory.estimate(config, planned, request.context_length, request.num_sequences or 1)
         return loader_pb2.EstimateMemoryResponse(
             weight_bytes=estimate.weight_bytes,
             kv_bytes=estimate.kv_bytes,
