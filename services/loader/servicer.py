@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -50,10 +51,17 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
     """Serves mxgpt.v1.LoaderService over one store of models."""
 
     def __init__(
-        self, server: Server, calls: Calls, store: ModelStore, loads: Loads, leases: Leases, handover: Handover
+        self,
+        server: Server,
+        calls: Calls,
+        store: ModelStore,
+        loads: Loads,
+        leases: Leases,
+        handover: Handover,
+        awaited: Sequence[Source] = (),
     ) -> None:
         self.calls = calls
-        self.adoption = Adoption(store, loads, leases, handover)
+        self.adoption = Adoption(store, loads, leases, handover, awaited)
         self.has_ended_leases = False  # by stopping under them
         self._server = server
         self._store = store
@@ -219,8 +227,8 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
 
     def _may_come(self, key: str) -> bool:
         """Whether the model of a key, or any if it is empty, may be there soon, loaded at start or adopted."""
-        awaited = self.adoption.awaited
-        return self.adoption.is_busy or key in awaited or (not key and not self._store.models and bool(awaited))
+        expected = self.adoption.expected
+        return key in expected or (not key and not self._store.models and bool(expected))
 
     def _path(self, path: str) -> Path:
         """A request's path, below the model root where there is one, made absolute."""
