@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shared.cuda_layout import TILE_COLUMNS
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan, round_up
-from shared.memory import HEAD_MULTIPLE, kv_groups, num_kv_blocks
+from shared.memory import HEAD_MULTIPLE, MemoryEstimate, kv_groups, num_kv_blocks
 
 CONTEXT_BYTES = 520 << 20  # of a process that uses a GPU; measured on an H100 and an H200
 GRANULARITY = 2 << 20  # bytes, of allocations that are shared
@@ -45,6 +45,20 @@ def estimate_cuda(config: GPTConfig, plan: Plan) -> CudaEstimate:
         kv_bytes_per_token=sum(group.block_bytes // BLOCK_SIZE for group in groups if not group.window),
         workspace_bytes=workspace_bytes(config, MAX_BATCH_TOKENS, MAX_RUNNING),
         context_bytes=CONTEXT_BYTES,
+    )
+
+
+def estimate_serving(config: GPTConfig, plan: Plan, context_length: int, num_sequences: int) -> MemoryEstimate:
+    """The same in the terms of the CPU's estimate, for sequences of `context_length` tokens (0: the model's).
+
+    Activations are an executor's workspace. Contexts, which processes have whatever the model, are left out.
+    """
+    estimate = estimate_cuda(config, plan)
+    return MemoryEstimate(
+        weight_bytes=estimate.weight_bytes,
+        kv_bytes=kv_bytes(config, context_length or config.context_length, num_sequences),
+        kv_bytes_per_token=estimate.kv_bytes_per_token,
+        activation_bytes=estimate.workspace_bytes,
     )
 
 

@@ -83,6 +83,11 @@ class _TextFormatter(_DiscreetFormatter):
         record.belongs_to = f" [{' '.join(named)}]" if named else ""
         return super().format(record)
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # Names and paths may come from callers: what would begin a line of its own is spelled, as in JSON.
+        record.message = _spelled(record.message)
+        return super().formatMessage(record)
+
 
 class _JSONFormatter(_DiscreetFormatter):
     def __init__(self, service: str, with_content: bool) -> None:
@@ -98,6 +103,13 @@ class _JSONFormatter(_DiscreetFormatter):
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _spelled(text: str) -> str:
+    """The text with line breaks, and whatever else can't be printed, as Python's escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +82,13 @@ def test_a_context_shorter_than_wanted_is_told(model: GPTConfig, options: dict[s
         assert warning == f"the context has {engine.max_context} tokens, {words}"
 
 
-@pytest.mark.parametrize("bad", [{"device": "gpu"}, {"num_threads": 0}, {"kv_memory_bytes": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"device": "gpu"}, {"num_threads": 0}, {"kv_memory_bytes": 0}, {"max_context": 0}, {"max_context": -1}),
+        *({"max_waiting": -1}, {"write_stall_seconds": 0.0}, {"write_stall_seconds": math.nan}),
+    ],
+)
 def test_what_can_not_run_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         config(**bad)
@@ -98,8 +105,15 @@ def test_a_model_of_one_layer_has_windows_only(model: GPTConfig) -> None:
     assert engine.max_context == model.context_length
 
 
-@pytest.mark.parametrize("option", ["--kv-memory-mib", "--max-batch-tokens"])
+@pytest.mark.parametrize("option", ["--kv-memory-mib", "--max-batch-tokens", "--max-context"])
 def test_nothing_is_not_taken_for_the_default(option: str) -> None:
     result = CliRunner().invoke(main, [option, "0"])
     assert result.exit_code == 2
     assert "at least 1" in result.output
+
+
+@pytest.mark.parametrize("option", [("--max-waiting", "-1"), ("--write-stall-seconds", "0"), ("--max-context", "-1")])
+def test_an_option_out_of_its_range_is_refused_by_name(option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(main, option)
+    assert result.exit_code == 2
+    assert option[0].strip("-").replace("-", "_") in result.output.replace("-", "_")

@@ -9,12 +9,18 @@ import os
 import threading
 from pathlib import Path
 
+import grpc
 import pytest
 
+from mxgpt.inspect_file import inspect_file
 from mxgpt.v1 import loader_pb2
 from services.loader import cpu_memory, provenance
 from services.loader import loads as loads_module
+from services.loader.cpu_memory import CpuMemory
+from services.loader.cuda.memory import CudaMemory
+from services.loader.loaded_model import is_resident
 from services.loader.loading import Progress, Stage
+from shared import cuda_layout
 from shared.digest import StoppedError
 from shared.errors import Reason
 from shared.layout import BLOCKS_LAYOUT, FLOAT32_LAYOUT, LAYOUTS
@@ -381,3 +387,46 @@ async def test_memory_is_estimated_for_models_and_files_alike(tmp_path: Path, gp
             (request(model=model.name, context_length=model.config.context_length + 1), Reason.FIELD_INVALID),
         ):
             assert (await refusal(estimate(wrong))).reason is reason
+
+
+@asynchronous
+async def test_a_loader_for_a_gpu_estimates_what_a_gpu_takes(
+    tmp_path: Path, gpt_oss: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mxgpt inspect` does: allocations of 2 MiB at least, KV in halves, an executor's workspace."""
+    monkeypatch.setattr(CpuMemory, "plan", lambda self, file, config: cuda_layout.plan(file, config))
+    monkeypatch.setattr(CpuMemory, "estimate", CudaMemory.estimate)
+    async with running_loader(tmp_path) as running:
+        request = loader_pb2.EstimateMemoryRequest(path=str(gpt_oss), context_length=64, num_sequences=3)
+        answer = await running.stub.EstimateMemory(request)
+    inspected = inspect_file(gpt_oss, context=64, num_sequences=3).cuda_memory
+    assert inspected is not None
+    estimate = inspected.estimate
+    assert answer.weight_bytes == estimate.weight_bytes
+    assert answer.kv_bytes_per_token == estimate.kv_bytes_per_token
+    assert answer.activation_bytes == estimate.workspace_bytes
+    totals = {number: total for _, number, total in inspected.totals}
+    assert estimate.total(answer.kv_bytes) == totals[3]
+
+
+@asynchronous
+async def test_a_status_that_is_given_up_leaves_no_descriptors_open(tmp_path: Path, gpt2: Path) -> None:
+    """The call ends while all threads are taken; the model can be freed, and is not found any more then."""
+    async with running_loader(tmp_path, gpt2) as running:
+        before, release = num_memfds(), threading.Event()
+        loop = asyncio.get_running_loop()
+        busy = [loop.run_in_executor(None, release.wait) for _ in range(64)]
+        try:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await running.stub.GetStatus(loader_pb2.GetStatusRequest(), timeout=0.2)
+            (model,) = running.loader.store.models
+            looking = asyncio.create_task(is_resident(model, CpuMemory()))
+            await asyncio.sleep(0)
+            assert num_memfds() == before
+            await running.stub.UnloadModel(loader_pb2.UnloadModelRequest(model=model.names[0]))
+            assert num_memfds() == 0
+        finally:
+            release.set()
+        await asyncio.gather(*busy)
+        assert not await looking
+        assert num_memfds() == 0

@@ -75,6 +75,22 @@ def test_a_record_is_one_line_whatever_its_request_is_called(capfd: pytest.Captu
         assert "hello" in line
 
 
+def test_a_record_is_one_line_whatever_it_says(capfd: pytest.CaptureFixture[str]) -> None:
+    """Names and paths may come from callers: none begins a line that looks like another record's; tracebacks do."""
+    code = (
+        "from shared.logs import *; import logging; set_up_logs('loader');\n"
+        "log = logging.getLogger('x')\n"
+        "log.info('adopted %s: größe', 'a\\n2026-01-01 00:00:00,000 INFO loader forged\\x85b\\u2028c\\x1b[31m')\n"
+        "try: 1 / 0\nexcept ZeroDivisionError: log.exception('went\\nwrong')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    first, second, *traceback = capfd.readouterr().err.splitlines()
+    assert first.endswith(r"x: adopted a\n2026-01-01 00:00:00,000 INFO loader forged\x85b\u2028c\x1b[31m: größe")
+    assert second.endswith(r"x: went\nwrong")
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert len(traceback) > 2
+
+
 def test_exceptions_stay_within_their_json_line(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
         "from shared.logs import *; import logging; set_up_logs('loader', 'INFO', 'json');\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -48,6 +49,12 @@ class ExecutorConfig:
         for name in ("num_threads", "kv_memory_bytes", "block_size", "max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_context is not None and self.max_context < 1:
+            raise ValueError(f"max_context must be at least 1, got {self.max_context}")
+        if self.max_waiting < 0:
+            raise ValueError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        if not 0 < self.write_stall_seconds < math.inf:
+            raise ValueError(f"write_stall_seconds must be more than 0, got {self.write_stall_seconds}")
 
     @property
     def name(self) -> str:

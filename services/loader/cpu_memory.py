@@ -19,6 +19,7 @@ from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import FLOAT32_BUDGET, Plan, fill, plan
 from shared.manifest import WHOLE, Allocation
+from shared.memory import MemoryEstimate, estimate_memory
 from shared.phases import Phases
 
 WORKING_BYTES = 64 << 20  # of each thread beside the tensor that it reads: decoded rows, checks
@@ -42,6 +43,9 @@ class CpuMemory:
 
     def plan(self, file: GGUFFile, config: GPTConfig) -> Plan:
         return plan(file, config, self.float32_budget)
+
+    def estimate(self, config: GPTConfig, planned: Plan, context_length: int, num_sequences: int) -> MemoryEstimate:
+        return estimate_memory(config, planned, context_length, num_sequences)
 
     def require_free(self, planned: Plan, file: GGUFFile, what: str) -> None:
         host_memory.require_free(planned.num_bytes + _working_bytes(planned, file, self.num_threads), what)

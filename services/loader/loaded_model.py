@@ -6,7 +6,8 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 from services.loader.memory import Memory
 from shared.descriptors import close_all
@@ -27,6 +28,7 @@ class LoadedModel:
     file: GGUFFile | None
     file_sha256: tuple[str, ...] = ()  # plain SHA-256 of each file; empty until they are known
     is_file_changed: bool = False  # a file is no longer what it was when it was loaded
+    _descriptors_lock: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,20 +54,37 @@ class LoadedModel:
         """Number of tensors by type."""
         return Counter(tensor.type for tensor in self.manifest.tensors.values())
 
+    def copy_descriptors(self) -> tuple[int, ...]:
+        """Copies of its descriptors, which the caller closes; none once it is free. For any thread.
+
+        Raises:
+            OSError: if this process may open no more.
+        """
+        copies: list[int] = []
+        with self._descriptors_lock:  # a number that is closed may be another file's the next moment
+            try:
+                copies.extend(os.dup(descriptor) for descriptor in self.descriptors)
+            except OSError:
+                close_all(copies)
+                raise
+        return tuple(copies)
+
     def free(self) -> None:
         """Give the memory back, once nobody else maps it."""
-        close_all(self.descriptors)
-        self.descriptors = ()
+        with self._descriptors_lock:
+            close_all(self.descriptors)
+            self.descriptors = ()
 
 
 async def is_resident(model: LoadedModel, memory: Memory) -> bool:
     """Whether all of a model's memory is where it was put."""
-    copies = [os.dup(descriptor) for descriptor in model.descriptors]  # it may be freed while they are looked at
     allocations = model.manifest.allocations
 
     def look() -> bool:
+        # Copied here, not by the caller: a call that is given up while all threads are taken leaves nothing open.
+        copies = model.copy_descriptors()
         try:
-            return all(memory.is_resident(*each) for each in zip(copies, allocations, strict=True))
+            return len(copies) == len(allocations) and all(map(memory.is_resident, copies, allocations))
         finally:
             close_all(copies)
 

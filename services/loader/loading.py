@@ -57,9 +57,9 @@ class Source:
     sha256: tuple[str, ...] = ()  # pins: of each file, in order; empty to expect nothing
 
     def __post_init__(self) -> None:
-        _check_name("name", self.name)
+        check_name("name", self.name)
         for index, alias in enumerate(self.aliases):
-            _check_name(f"aliases[{index}]", alias)
+            check_name(f"aliases[{index}]", alias)
         if len(set(self.names)) != len(self.names):
             raise invalid_field("aliases", "a name comes twice")
         for index, pin in enumerate(self.sha256):
@@ -135,7 +135,7 @@ def load_model(
         config=config,
         allocations=tuple(Allocation(*each, filled.sha256_piece_bytes) for each in allocations),
         tensors=dict(planned.tensors),
-        files=tuple((str(path), size) for path, size in zip(file.paths, file.file_sizes, strict=True)),
+        files=described_files(file),
         eog_token_ids=eog_token_ids,
     )
     log.info("%s: %d bytes of weights are in memory: %s", source.name, counter.bytes_total, phases)
@@ -201,9 +201,20 @@ def pins_of(file: GGUFFile, asked: Sequence[str], options: LoadOptions) -> tuple
     return pins
 
 
+def described_files(file: GGUFFile) -> tuple[tuple[str, int], ...]:
+    """A model's files as its manifest has them."""
+    return tuple((str(path), size) for path, size in zip(file.paths, file.file_sizes, strict=True))
+
+
 def is_below(root: Path | None, path: Path) -> bool:
     """Whether a path, its symbolic links followed, lies below the root, if there is one."""
     return root is None or path.resolve().is_relative_to(root.resolve())
+
+
+def check_name(field: str, name: str) -> None:
+    """Refuse what no model can be called (FIELD_INVALID, naming the field)."""
+    if not name or len(name.encode()) > MAX_NAME_BYTES or not name.isprintable():
+        raise invalid_field(field, f"{name!r:.80} is no name: 1 to {MAX_NAME_BYTES} printable bytes")
 
 
 def default_name(path: Path) -> str:
@@ -242,8 +253,3 @@ class _Counter:
 def _require_below(root: Path | None, path: Path) -> None:
     if not is_below(root, path):
         raise invalid_field("path", f"{path} lies outside of this loader's model root")
-
-
-def _check_name(field: str, name: str) -> None:
-    if not name or len(name.encode()) > MAX_NAME_BYTES or not name.isprintable():
-        raise invalid_field(field, f"{name!r:.80} is no name: 1 to {MAX_NAME_BYTES} printable bytes")

@@ -58,8 +58,10 @@ class Loader:
         self._provenance = Provenance(self.store)
         self._handover = Handover(config.socket, config.allowed_uids)
         self._loads.on_ended = LoadMetrics(self._telemetry.registry).on_ended
+        paths = [Path(os.path.abspath(path)) for path in config.models]
+        self._sources = [Source(path, default_name(path)) for path in paths]
         self._servicer = LoaderServicer(
-            self._server, self._telemetry.calls, self.store, self._loads, self.leases, self._handover
+            self._server, self._telemetry.calls, self.store, self._loads, self.leases, self._handover, self._sources
         )
         loader_pb2_grpc.add_LoaderServiceServicer_to_server(self._servicer, self._server.grpc)
         self._found_stale = False
@@ -104,13 +106,10 @@ class Loader:
 
     async def load_at_start(self) -> bool:
         """Load the models of the configuration, or see them adopted, then be healthy; False if one can't be had."""
-        paths = [Path(os.path.abspath(path)) for path in self._config.models]
-        sources = [Source(path, default_name(path)) for path in paths]
-        self._servicer.adoption.awaited = {source.name: source for source in sources}
-        if self._found_stale and sources:
-            await self._wait_for_adoption(sources)
-        for source in sources:
-            if self.store.get(source.name) is None and not await self._load(source):
+        if self._found_stale and self._sources:
+            await self._wait_for_adoption()
+        for source in self._sources:
+            if not self._is_there(source) and not await self._load(source):
                 return False
             self._servicer.adoption.awaited.pop(source.name, None)
         await self._server.set_health(OVERALL, True)
@@ -131,16 +130,22 @@ class Loader:
         """The metrics that are read when a scrape comes."""
         return loader_metrics(self.store, self._loads, self.leases)
 
-    async def _wait_for_adoption(self, sources: list[Source]) -> None:
+    async def _wait_for_adoption(self) -> None:
+        """Until everything is there; else as long as configured, and while what has come is being checked."""
         seconds = self._config.adoption_seconds
         log.info(
             "a loader before this one may have ended under leases: executors have %.0f s to bring its memory", seconds
         )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or self._servicer.adoption.is_busy:
-            if all(self.store.get(source.name) is not None for source in sources):
+            if all(self._is_there(source) for source in self._sources):
                 return
             await asyncio.sleep(0.02)
+
+    def _is_there(self, source: Source) -> bool:
+        """Whether a source's name stands for its model, loaded or adopted: another's name is a failure, not a find."""
+        model = self.store.get(source.name)
+        return model is not None and model.manifest.files[0][0] == str(source.path)
 
     async def _load(self, source: Source) -> bool:
         try:

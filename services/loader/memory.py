@@ -11,6 +11,7 @@ from shared.gguf import GGUFFile
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Allocation
+from shared.memory import MemoryEstimate
 from shared.phases import Phases
 
 
@@ -45,6 +46,9 @@ class Memory(Protocol):
 
     def plan(self, file: GGUFFile, config: GPTConfig) -> Plan:
         """Where the weights of a checked file will lie."""
+
+    def estimate(self, config: GPTConfig, planned: Plan, context_length: int, num_sequences: int) -> MemoryEstimate:
+        """What serving a model from this memory takes, for sequences of `context_length` tokens (0: the model's)."""
 
     def require_free(self, planned: Plan, file: GGUFFile, what: str) -> None:
         """Refuse what does not fit, before anything is allocated.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +32,6 @@ from shared.gpt_config import GPTConfig
 from shared.layout import Plan
 from shared.manifest import Manifest
 from shared.manifest_proto import manifest_from_proto, manifest_to_proto
-from shared.memory import estimate_memory
 from shared.server import Server, servicer_method
 from shared.tokenizer_data_proto import to_pieces
 from shared.tracing import Span
@@ -51,10 +51,17 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
     """Serves mxgpt.v1.LoaderService over one store of models."""
 
     def __init__(
-        self, server: Server, calls: Calls, store: ModelStore, loads: Loads, leases: Leases, handover: Handover
+        self,
+        server: Server,
+        calls: Calls,
+        store: ModelStore,
+        loads: Loads,
+        leases: Leases,
+        handover: Handover,
+        awaited: Sequence[Source] = (),
     ) -> None:
         self.calls = calls
-        self.adoption = Adoption(store, loads, leases, handover)
+        self.adoption = Adoption(store, loads, leases, handover, awaited)
         self.has_ended_leases = False  # by stopping under them
         self._server = server
         self._store = store
@@ -111,7 +118,8 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
         config, planned = await self._planned(request)
         if request.context_length > config.context_length:
             raise invalid_field("context_length", f"is more than the model's {config.context_length}")
-        estimate = estimate_memory(config, planned, request.context_length, request.num_sequences or 1)
+        memory = self._loads.options.memory
+        estimate = memory.estimate(config, planned, request.context_length, request.num_sequences or 1)
         return loader_pb2.EstimateMemoryResponse(
             weight_bytes=estimate.weight_bytes,
             kv_bytes=estimate.kv_bytes,
@@ -219,8 +227,8 @@ class LoaderServicer(loader_pb2_grpc.LoaderServiceServicer):
 
     def _may_come(self, key: str) -> bool:
         """Whether the model of a key, or any if it is empty, may be there soon, loaded at start or adopted."""
-        awaited = self.adoption.awaited
-        return self.adoption.is_busy or key in awaited or (not key and not self._store.models and bool(awaited))
+        expected = self.adoption.expected
+        return key in expected or (not key and not self._store.models and bool(expected))
 
     def _path(self, path: str) -> Path:
         """A request's path, below the model root where there is one, made absolute."""

@@ -24,6 +24,7 @@ from services.loader.cuda.reading import SpanReader
 from services.loader.cuda.stream import Stream, pin
 from services.loader.memory import Filled
 from shared import cuda_layout
+from shared.cuda_estimate import estimate_serving
 from shared.cuda_memory import CudaDevice, create_shared, granularity, import_readonly, is_device_memory
 from shared.descriptors import close_all
 from shared.digest import PIECE_BYTES, READ_BYTES, StoppedError, check_pin
@@ -32,6 +33,7 @@ from shared.gguf import GGUFFile, check_unchanged
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan, round_up
 from shared.manifest import Allocation
+from shared.memory import MemoryEstimate
 from shared.phases import Phases
 
 SPARE_BUFFERS = 8  # page-locked, of READ_BYTES, beside one for each thread that reads
@@ -68,6 +70,9 @@ class CudaMemory:
 
     def plan(self, file: GGUFFile, config: GPTConfig) -> Plan:
         return cuda_layout.plan(file, config)
+
+    def estimate(self, config: GPTConfig, planned: Plan, context_length: int, num_sequences: int) -> MemoryEstimate:
+        return estimate_serving(config, planned, context_length, num_sequences)
 
     def require_free(self, planned: Plan, file: GGUFFile, what: str) -> None:
         self._device.use()
