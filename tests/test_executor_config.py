@@ -86,7 +86,7 @@ def test_a_context_shorter_than_wanted_is_told(model: GPTConfig, options: dict[s
     "bad",
     [
         *({"device": "gpu"}, {"num_threads": 0}, {"kv_memory_bytes": 0}, {"max_context": 0}, {"max_context": -1}),
-        *({"max_waiting": -1}, {"write_stall_seconds": 0.0}, {"write_stall_seconds": math.nan}),
+        *({"max_waiting": -1}, {"write_stall_seconds": 0.0}, {"write_stall_seconds": math.nan}, {"step_seconds": -1.0}),
     ],
 )
 def test_what_can_not_run_is_refused(bad: dict[str, Any]) -> None:

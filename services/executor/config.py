@@ -53,8 +53,9 @@ class ExecutorConfig:
             raise ValueError(f"max_context must be at least 1, got {self.max_context}")
         if self.max_waiting < 0:
             raise ValueError(f"max_waiting must be at least 0, got {self.max_waiting}")
-        if not 0 < self.write_stall_seconds < math.inf:
-            raise ValueError(f"write_stall_seconds must be more than 0, got {self.write_stall_seconds}")
+        for name in ("write_stall_seconds", "step_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
 
     @property
     def name(self) -> str:
