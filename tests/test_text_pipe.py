@@ -71,6 +71,16 @@ class Holding(Tokenizer):
                 yield response
 
 
+class Slow(Tokenizer):
+    """Takes its time with every message."""
+
+    async def DetokenizeStream(self, requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async for response in super().DetokenizeStream(requests, context):
+            await asyncio.sleep(0.1)
+            if any(text.segments or text.finished for text in response.texts):
+                yield response
+
+
 class Sequence:
     """One sequence on a pipe, and what came of it."""
 
@@ -198,6 +208,25 @@ def test_more_than_a_message_holds_goes_out_in_several() -> None:
 
     tokenizer = Tokenizer()
     with_pipe(tokenizer, test, patience_seconds=30.0)
+
+
+def test_a_long_replay_is_not_taken_for_silence() -> None:
+    """Sixty-four sequences whose ids were all released before: nothing is due for them, and it takes seconds."""
+
+    async def test(pipe: TextPipe) -> None:
+        failures: list[ServiceError] = []
+        token_ids = range(100_000, 190_000)
+        ids = [pipe.open(PLAIN, token_ids, lambda _: None, failures.append) for _ in range(64)]
+        pipe.flush()
+        await until(lambda: {each for message in tokenizer.messages for each in opened(message)} >= set(ids), 30.0)
+        assert not failures
+        assert (tokenizer.num_streams, pipe.num_breaks) == (1, 0)
+
+    def opened(message: Any) -> list[int]:
+        return [each.sequence_id for each in message.opens]
+
+    tokenizer = Slow()
+    with_pipe(tokenizer, test, patience_seconds=1.0)
 
 
 def test_of_a_prompt_goes_what_is_unfinished() -> None:

@@ -25,7 +25,7 @@ from shared.server import internal_error
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 10.0  # how long outputs wait for a tokenizer to come back, or to say anything
-MESSAGE_BYTES = 4 << 20  # of a message that opens many sequences, about; a server takes four times as much
+MESSAGE_BYTES = 256 << 10  # of a message that opens many sequences, about: some tenths of a second of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class TextPipe:
         """Return, with the call cancelled, when nothing comes although an answer is due.
 
         A tokenizer may have nothing to say for long, while it waits for the rest of a stop string. So it is asked for
-        the text of a sequence that has none, which it can answer at once.
+        the text of a sequence that has none, which it can answer when it has done what came before.
         """
         while True:
             heard = self._num_answers
@@ -204,6 +204,7 @@ class TextPipe:
             outbox.tokens.pop(sequence_id, None)  # the ids fed since are part of what it opens with
             num_bytes += message.opens[-1].ByteSize()
             if num_bytes > MESSAGE_BYTES:
+                _probe(message, next(self._ids))  # so that a long replay is not silent
                 yield message
                 message = tokenizer_pb2.DetokenizeStreamRequest(model=self._model)
                 num_bytes = 0
@@ -215,8 +216,7 @@ class TextPipe:
                     finished=sequence_id in outbox.finished,
                 )
         for sequence_id in outbox.probes:
-            message.opens.add(sequence_id=sequence_id)
-            message.tokens.add(sequence_id=sequence_id, finished=True)
+            _probe(message, sequence_id)
         message.closed_ids.extend(outbox.closed)
         if message.opens or message.tokens or message.closed_ids:
             yield message
@@ -243,6 +243,12 @@ class TextPipe:
         sequences, self._sequences = self._sequences, {}
         for sequence in sequences.values():
             sequence.on_failure(error)
+
+
+def _probe(message: Any, sequence_id: int) -> None:
+    """Ask for the text of no ids, which is answered when all before it is done."""
+    message.opens.add(sequence_id=sequence_id)
+    message.tokens.add(sequence_id=sequence_id, finished=True)
 
 
 def _open(sequence_id: int, sequence: _Sequence) -> Any:
