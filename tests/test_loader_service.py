@@ -167,6 +167,7 @@ async def test_every_refusal_of_a_load_has_its_reason(tmp_path: Path, gpt2: Path
         ({"path": ""}, Reason.FIELD_INVALID),
         ({"path": "a\0b"}, Reason.FIELD_INVALID),
         ({"path": str(tmp_path / "none.gguf")}, Reason.MODEL_NOT_FOUND),
+        ({"path": "b/" * 3000 + "x.gguf"}, Reason.MODEL_NOT_FOUND),  # longer than a path may be
         ({"path": str(tmp_path)}, Reason.MODEL_INVALID),
         ({"path": str(tmp_path / "pipe.gguf")}, Reason.MODEL_INVALID),
         ({"path": str(garbage)}, Reason.MODEL_INVALID),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class TokenizerChecks:
     @contextlib.contextmanager
     def begin(self, path: Path) -> Iterator[TokenizerCheck]:
         """The check of one file, begun now if the file is large."""
-        if not path.is_file() or path.stat().st_size < MIN_FILE_BYTES:
+        if not _is_large(path):
             yield TokenizerCheck(None)
             return
         process = self._waiting.pop() if self._waiting else _start()
@@ -94,6 +95,14 @@ def _check(file: GGUFFile) -> tuple[int, ...]:
     if "tokenizer.ggml.model" not in file.metadata:
         return ()
     return tokenizer_data_from_gguf(file, model="", digest="").eog_token_ids
+
+
+def _is_large(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # whoever parses it says why
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size >= MIN_FILE_BYTES
 
 
 def _start() -> subprocess.Popen[bytes]:
