@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
@@ -130,7 +130,13 @@ def test_the_variables_of_any_conversation(chat: Any) -> None:
         assert tokenizer().vocabulary.special_texts.keys().isdisjoint(ids), "no message spells a special token"
 
 
+OPENED_AGAIN = tokenizer_pb2.DetokenizeStreamRequest(
+    opens=[{"prompt_token_ids": [1 << 20]}, {}], tokens=[{"finished": True}]
+)
+
+
 @many
+@example([OPENED_AGAIN])
 @given(st.lists(messages(tokenizer_pb2.DetokenizeStreamRequest, KNOWN), max_size=4))
 def test_any_stream_to_detokenize(requests: list[Any]) -> None:
     """Errors are a sequence's own: each message gets its answer, and each sequence ends once."""

@@ -53,6 +53,9 @@ class Detokenizer:
         change: tokenizer_pb2.SequenceOpen | tokenizer_pb2.SequenceTokens,
     ) -> None:
         """Apply a change to one sequence, and add what it releases to that sequence's answer."""
+        answer = answers.get(sequence_id)
+        if answer is not None and (answer.error_reason or answer.stopped or answer.finished):
+            return  # it has ended in this message, whatever is said of it after that
         sequence = self._sequences.get(sequence_id)
         is_finished = False
         try:
@@ -77,7 +80,6 @@ class Detokenizer:
         stop = sequence.matched_stop
         if not (segments or stop is not None or is_finished):
             return
-        answer = answers.get(sequence_id)
         if answer is None:
             answer = answers[sequence_id] = tokenizer_pb2.SequenceText(sequence_id=sequence_id)
         for num_ids, text, channel, recipient in segments:
