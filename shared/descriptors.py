@@ -83,6 +83,21 @@ def map_readonly(descriptor: int, num_bytes: int) -> memoryview:
     return memoryview(mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
 
 
+def copy_all(descriptors: Iterable[int]) -> tuple[int, ...]:
+    """Copies of descriptors, which the caller closes.
+
+    Raises:
+        OSError: if this process may open no more; none stays open then.
+    """
+    copies: list[int] = []
+    try:
+        copies.extend(os.dup(descriptor) for descriptor in descriptors)
+    except OSError:
+        close_all(copies)
+        raise
+    return tuple(copies)
+
+
 def close_all(descriptors: Iterable[int]) -> None:
     """Close descriptors, each of them whatever happens with the others."""
     for descriptor in descriptors:

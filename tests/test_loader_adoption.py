@@ -154,7 +154,7 @@ async def test_an_executor_without_a_descriptor_to_spare_tries_again(tmp_path: P
             return dup(descriptor)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loader_client.os, "dup", dup_once_exhausted)
+            patch.setattr(os, "dup", dup_once_exhausted)
             again = Service("loader", "--socket", socket, "--listen", loader.address)
             try:
                 await until(survivor.attached.is_set)

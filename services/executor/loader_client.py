@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import socket
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from shared.descriptors import (
     REFUSED,
     check_sealed,
     close_all,
+    copy_all,
     map_readonly,
     receive_descriptors,
     send_descriptors,
@@ -184,13 +184,7 @@ async def _attach_again(call: grpc.aio.UnaryStreamCall, attachment: Attachment) 
     """Take up a lease on memory that is held, bringing it to the loader if it asks for it."""
     attached = await _first_message(call)
     if attached.adopt:
-        copies: list[int] = []  # for a thread, which outlives a cancelled task
-        try:
-            for descriptor in attachment.descriptors:
-                copies.append(os.dup(descriptor))
-        except OSError:
-            close_all(copies)
-            raise
+        copies = copy_all(attachment.descriptors)  # for a thread, which outlives a cancelled task
         await asyncio.to_thread(_bring, attached, copies, attachment.sizes)
 
 

@@ -20,7 +20,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.descriptors import ACCEPTED, REFUSED, TICKET_BYTES, close_all, receive_descriptors, send_descriptors
+from shared.descriptors import (
+    ACCEPTED,
+    REFUSED,
+    TICKET_BYTES,
+    close_all,
+    copy_all,
+    receive_descriptors,
+    send_descriptors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +184,7 @@ class Handover:
 
     async def _send(self, connection: socket.socket, entry: Handout) -> None:
         # Copies, made before this task yields: the model may be freed, and its numbers reused, under the thread.
-        copies = [os.dup(descriptor) for descriptor in entry.descriptors]
+        copies = copy_all(entry.descriptors)
         try:
             connection.setblocking(True)
             await asyncio.to_thread(_accept_and_send, connection, copies, entry.sizes)

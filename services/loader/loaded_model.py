@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 
 from services.loader.memory import Memory
-from shared.descriptors import close_all
+from shared.descriptors import close_all, copy_all
 from shared.gguf import GGUFFile
 from shared.manifest import Manifest
 
@@ -60,14 +59,8 @@ class LoadedModel:
         Raises:
             OSError: if this process may open no more.
         """
-        copies: list[int] = []
         with self._descriptors_lock:  # a number that is closed may be another file's the next moment
-            try:
-                copies.extend(os.dup(descriptor) for descriptor in self.descriptors)
-            except OSError:
-                close_all(copies)
-                raise
-        return tuple(copies)
+            return copy_all(self.descriptors)
 
     def free(self) -> None:
         """Give the memory back, once nobody else maps it."""
