@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from services.executor.blas import blas_environment
@@ -14,6 +15,10 @@ from services.executor.blas import blas_environment
 os.environ.update(blas_environment(1, os.environ))
 
 from tests.stack import ROOT, Stack, running
+
+# How long an example takes is up to what else the machine does.
+hypothesis.settings.register_profile("mxgpt", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("mxgpt")
 
 
 @pytest.fixture(scope="session")

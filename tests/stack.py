@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,17 +19,21 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
-START_SECONDS = 30.0
+START_SECONDS = 60.0
+PORTS = range(10_000, 32_000)  # below those that the kernel hands out: nobody gets one of them by chance
 
 
 class Service:
-    """One service as a child process; its output is kept for failure reports."""
+    """One service as a child process; its output is kept for failure reports.
+
+    By default it listens on a port that it finds free when it is started again.
+    """
 
     def __init__(self, name: str, *options: str) -> None:
         self.name = name
         self.log: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"services.{name}", "--listen", "127.0.0.1:0", *options],
+            [sys.executable, "-m", f"services.{name}", "--listen", f"127.0.0.1:{free_ports(1)[0]}", *options],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -68,7 +73,7 @@ class Service:
             stub = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
-                    if stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=2).status == wanted:
+                    if stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status == wanted:
                         return
                 assert self.process.poll() is None, f"{self.name} ended:\n{self.text}"
                 time.sleep(0.02)
@@ -76,7 +81,7 @@ class Service:
 
     def joined(self) -> None:
         """Wait until all that a process wrote before it ended is in `text`."""
-        self._reading.join(5)
+        self._reading.join(30)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -170,7 +175,7 @@ def running(
         stack.stop()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for a condition to come true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -187,11 +192,12 @@ def engine_of(executor: Service) -> int:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 def num_descriptors(process_id: int) -> int:
