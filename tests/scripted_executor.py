@@ -150,6 +150,16 @@ def break_at(number: int, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -
     return fault
 
 
+def hold_at(number: int, goes_on: threading.Event) -> Callable[[int, grpc.ServicerContext], None]:
+    """A fault: message `number` does not come before the event is set; a call that ends meanwhile is let go."""
+
+    def fault(at: int, context: grpc.ServicerContext) -> None:
+        while at == number and context.is_active() and not goes_on.wait(0.01):
+            pass
+
+    return fault
+
+
 def serve(executor: ScriptedExecutor, address: str = "127.0.0.1:0", **server: object) -> tuple[grpc.Server, str]:
     """Start it; returns the server and its address."""
     grpc_server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])

@@ -8,16 +8,17 @@ import pty
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
 from mxgpt.cli.main import run as run_command
 from shared.errors import Reason, ServiceError, invalid_field
-from tests.scripted_executor import ScriptedExecutor, break_at, fail_at, serve, whole_text
-from tests.stack import ROOT
+from tests.scripted_executor import ScriptedExecutor, break_at, fail_at, hold_at, serve, whole_text
+from tests.stack import ROOT, until
 
 MXGPT = [sys.executable, "-m", "mxgpt"]
+SECONDS = 60  # that a command may take, however busy the machine is
 
 
 @pytest.fixture
@@ -69,13 +70,14 @@ def test_prompt_from_stdin_without_its_last_newline(executor, arguments):
 
 
 def test_text_streams_as_it_comes(executor):
-    executor.delay = 0.15
+    goes_on = threading.Event()
+    executor.faults[:] = [hold_at(3, goes_on)]
     process = start(executor, "generate", "hello", "--max-tokens", "9")
     first = os.read(process.stdout.fileno(), 100)
-    assert first
-    assert process.poll() is None, "the first piece comes before the last"
+    assert first, "the first piece comes before the last is there"
+    goes_on.set()
     assert (first + process.stdout.read()).decode() == whole_text(0, 9) + "\n"
-    process.wait()
+    assert process.wait(SECONDS) == 0
 
 
 def test_a_broken_stream_is_resumed_unseen(executor):
@@ -109,24 +111,24 @@ def test_token_ids_and_stats(executor):
 
 def test_interrupt_cancels_on_the_server(executor):
     executor.delay = 0.1
-    process = start(executor, "generate", "hello", "--max-tokens", "500")
+    process = start(executor, "generate", "hello", "--max-tokens", "1000")
     os.read(process.stdout.fileno(), 10)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
     assert "Traceback" not in err.decode()
-    assert executor.cancelled.wait(5)
+    assert executor.cancelled.wait(SECONDS)
 
 
 def test_a_reader_that_goes_is_no_error(executor):
     executor.delay = 0.05
-    process = start(executor, "generate", "hello", "--max-tokens", "500")
+    process = start(executor, "generate", "hello", "--max-tokens", "1000")
     os.read(process.stdout.fileno(), 10)
     process.stdout.close()
-    assert process.wait(10) == 141
+    assert process.wait(SECONDS) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert executor.cancelled.wait(5)
+    assert executor.cancelled.wait(SECONDS)
 
 
 def test_nobody_there():
@@ -220,7 +222,7 @@ def test_characters_that_the_terminal_lacks_are_replaced(executor, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     process = start(executor, "chat", "hé", "--max-tokens", "5")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, err) == (0, b"")
     assert out.decode() == whole_text(0, 5).encode("ascii", "replace").decode() + "\n"
     assert executor.requests[0].chat.messages[0].content == "hé"
@@ -228,7 +230,7 @@ def test_characters_that_the_terminal_lacks_are_replaced(executor, environment, 
 
 def test_json_is_whole_in_any_encoding(executor, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    out, _ = start(executor, "generate", "x", "--max-tokens", "5", "--json").communicate(timeout=30)
+    out, _ = start(executor, "generate", "x", "--max-tokens", "5", "--json").communicate(timeout=SECONDS)
     assert json.loads(out.splitlines()[-1])["result"]["outputs"][0]["text"] == whole_text(0, 5)
 
 
@@ -261,7 +263,7 @@ def test_a_limit_that_cut_the_text_off_is_told(executor, arguments, remark):
     assert len(err.splitlines()) == 2
     terminal = _Terminal(executor, *arguments)
     terminal.expect(remark)
-    terminal.process.wait(10)
+    terminal.process.wait(SECONDS)
 
 
 def test_stats_count_the_breaks_that_were_survived(executor):
@@ -274,7 +276,7 @@ def test_stats_count_the_breaks_that_were_survived(executor):
 def test_a_conversation_with_nobody_does_not_begin():
     terminal = _Terminal(None, "chat")
     terminal.expect("mxgpt serve")
-    assert terminal.process.wait(30) == 3
+    assert terminal.process.wait(SECONDS) == 3
     assert ">" not in terminal.before
 
 
@@ -328,17 +330,15 @@ def test_a_conversation_at_a_terminal(executor):
     terminal.type("/reset\n")
     terminal.expect("a new conversation")
     terminal.expect("> ")
-    executor.delay = 0.2
+    executor.faults[:] = [hold_at(2, threading.Event())]
     terminal.type("again\n")
-    deadline = time.monotonic() + 10
-    while len(executor.requests) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(executor.requests) == 2, SECONDS)
     terminal.process.send_signal(signal.SIGINT)
     terminal.expect("stopped")
-    assert executor.cancelled.wait(5)
+    assert executor.cancelled.wait(SECONDS)
     terminal.expect("> ")
     terminal.type("\x04")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(SECONDS) == 0
     assert [message.content for message in executor.requests[1].chat.messages] == ["again"]
 
 
@@ -368,7 +368,7 @@ def test_control_characters_do_not_reach_a_terminal(executor, monkeypatch):
     monkeypatch.setattr("tests.scripted_executor.WORDS", ("\x1b[2J\x07wiped",))
     terminal = _Terminal(executor, "generate", "x", "--max-tokens", "1")
     terminal.expect("wiped")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(SECONDS) == 0
     assert run(executor, "generate", "x", "--max-tokens", "1")[1] == "\x1b[2J\x07wiped\n", "a pipe gets what there is"
 
 
