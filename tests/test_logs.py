@@ -20,8 +20,7 @@ from shared.errors import Reason, ServiceError
 from shared.logs import add_log_fields, log_fields
 from shared.server import Server, servicer_method
 from tests.calls import chat, collect, error_of, greedy, uncounted_calls
-from tests.stack import Service, running
-from tests.test_generate import wait_until
+from tests.stack import Service, running, until
 
 
 def records(service: Service) -> list[dict[str, Any]]:
@@ -43,15 +42,17 @@ def test_lines_of_a_request_name_it_in_every_service(demo_gpt_oss: Path) -> None
             lines = [each for each in records(stack.executor) if each["message"].startswith("Generate ended")]
             return {line["request_id"]: line["message"] for line in lines}
 
-        wait_until(lambda: len(ended()) == 3)
+        def of_tokenizer() -> list[dict[str, Any]]:
+            return [each for each in records(stack.tokenizer) if "request_id" in each]
+
+        until(lambda: len(ended()) == 3 and len(of_tokenizer()) >= 3)
         messages = ended()
         assert f"OK, {len(answer.started.prompt_token_ids)} prompt tokens" in messages["müsli 1"]
         assert f"{len(answer.token_ids())} output tokens, STOP" in messages["müsli 1"]
         assert messages["two"].endswith("FIELD_INVALID")
         assert unnamed.started.request_id in messages
-        of_tokenizer = [each for each in records(stack.tokenizer) if "request_id" in each]
-        assert [each["request_id"] for each in of_tokenizer] == ["müsli 1", "two", unnamed.started.request_id]
-        assert "FIELD_INVALID" in of_tokenizer[1]["message"]
+        assert [each["request_id"] for each in of_tokenizer()] == ["müsli 1", "two", unnamed.started.request_id]
+        assert "FIELD_INVALID" in of_tokenizer()[1]["message"]
         for service in (stack.executor, stack.tokenizer, stack.loader):
             for record in records(service):
                 assert record.keys() >= {"time", "level", "service", "logger", "message"}

@@ -7,9 +7,10 @@ import contextlib
 import json
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -30,8 +31,7 @@ from services.loader.store import ModelStore
 from shared.config import ServerConfig
 from shared.telemetry import TelemetryConfig
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import ROOT, Service, Stack, running
-from tests.test_generate import wait_until
+from tests.stack import ROOT, Service, Stack, free_ports, running, until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -51,7 +51,7 @@ def stub(watched: Stack) -> Iterator[Any]:
 
 
 def scrape(service: Service) -> Samples:
-    with urllib.request.urlopen(f"http://{service.metrics}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{service.metrics}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -103,7 +103,7 @@ def test_a_request_is_counted_token_by_token(watched: Stack, stub: Any) -> None:
     assert tokenizer("mxgpt_tokenizer_call_duration_seconds_count", method="RenderChat") == 2
     assert tokenizer("mxgpt_tokenizer_encoded_tokens_total") == 2 * num_prompt
     assert tokenizer("mxgpt_tokenizer_decoded_tokens_total") == 40
-    wait_until(lambda: value(watched.tokenizer, "mxgpt_tokenizer_sequences") == 0)
+    until(lambda: value(watched.tokenizer, "mxgpt_tokenizer_sequences") == 0)
     assert value(watched.tokenizer, "mxgpt_tokenizer_streams") == 1
 
 
@@ -128,16 +128,30 @@ def test_what_went_wrong_is_counted_by_its_reason(watched: Stack, stub: Any) -> 
     bad = chat("Hi", sampling=executor_pb2.Sampling(top_p=7.0))
     assert error_of(stub.Generate(bad)).reason.name == "FIELD_INVALID"
     endless = executor_pb2.Stopping(ignore_eos=True)
-    assert error_of(stub.Generate(chat("Hi", stopping=endless), timeout=0.2)).reason.name == "DEADLINE"
+    meet_deadline(watched.executor, stub, chat("Hi", stopping=endless))
     call = stub.Generate(chat("Hi", stopping=endless))
     next(iter(call))
     call.cancel()
     for reason in ("MODEL_NOT_FOUND", "FIELD_INVALID", "DEADLINE", "CANCELLED"):
         key = {"method": "Generate", "reason": reason}
-        wait_until(lambda key=key: ("mxgpt_executor_calls_total", frozenset(key.items())) in scrape(watched.executor))
+        until(lambda key=key: ("mxgpt_executor_calls_total", frozenset(key.items())) in scrape(watched.executor))
         assert grown("mxgpt_executor_calls_total", **key) == 1
         labels = {**GEN_AI, "gen_ai_operation_name": "chat", "error_type": reason}
         assert grown("gen_ai_server_request_duration_seconds_count", **labels) == 1
+
+
+def meet_deadline(executor: Service, stub: Any, request: Any) -> None:
+    """A call whose deadline passes while the executor sleeps: awake, it finds it passed by its own clock too."""
+    began = time.monotonic()
+    call = stub.Generate(request, timeout=3.0)
+    next(iter(call))
+    lag = time.monotonic() - began  # the executor's clock may be behind by as much
+    executor.process.send_signal(signal.SIGSTOP)
+    try:
+        assert error_of(call).reason.name == "DEADLINE"
+        time.sleep(lag)
+    finally:
+        executor.process.send_signal(signal.SIGCONT)
 
 
 def test_running_streams_and_blocks_are_seen_while_they_run(watched: Stack, stub: Any) -> None:
@@ -163,9 +177,9 @@ def test_running_streams_and_blocks_are_seen_while_they_run(watched: Stack, stub
     assert value(watched.tokenizer, "mxgpt_tokenizer_sequences") == 3
     for call in calls:
         call.cancel()
-    wait_until(lambda: value(watched.executor, "mxgpt_executor_streams") == 0)
-    assert value(watched.executor, "mxgpt_executor_calls_running", method="Generate") == 0
-    assert value(watched.executor, "mxgpt_executor_kv_blocks", group="full", state="used") == 0
+    until(lambda: value(watched.executor, "mxgpt_executor_streams") == 0)
+    until(lambda: value(watched.executor, "mxgpt_executor_calls_running", method="Generate") == 0)
+    until(lambda: value(watched.executor, "mxgpt_executor_kv_blocks", group="full", state="used") == 0)
 
 
 def test_a_loader_tells_loads_leases_and_bytes(watched: Stack) -> None:
@@ -279,8 +293,9 @@ def test_calls_refused_at_the_door_are_counted(demo_gpt2: Path, tmp_path: Path) 
 
 def test_an_address_in_use_is_one_line(watched: Stack) -> None:
     second = Service("tokenizer", "--loader", watched.loader.address, "--metrics", watched.tokenizer.metrics)
-    assert second.process.wait(20) == 1
-    wait_until(lambda: "can't be served" in second.text)
+    assert second.process.wait(60) == 1
+    second.joined()
+    assert "can't be served" in second.text
     assert "Traceback" not in second.text
 
 
@@ -342,8 +357,7 @@ def test_a_real_prometheus_understands_every_query(watched: Stack, stub: Any, tm
     (tmp_path / "prometheus.yml").write_text(
         json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [jobs]})
     )
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     process = subprocess.Popen(
         ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={address}"],
         cwd=tmp_path,
@@ -362,15 +376,15 @@ def test_a_real_prometheus_understands_every_query(watched: Stack, stub: Any, tm
                 return len([each for each in ask("up") if each["value"][1] == "1"]) == 3
             return False
 
-        wait_until(are_up, 30.0)
+        until(are_up)
         collect(stub.Generate(chat("What is 12 + 30?", sampling=greedy())))
         for query in dashboard_queries():
             if "mxgpt_loader_load_" not in query:  # nothing is being loaded
                 asked = query.replace("$__rate_interval", "10s")
-                wait_until(lambda asked=asked: bool(ask(asked)), 15.0)
+                until(lambda asked=asked: bool(ask(asked)))
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(30)
 
 
 @pytest.mark.skipif(

@@ -25,7 +25,7 @@ from tests.stack import Stack, engine_of, free_ports, running, until
 
 PROMPT = "Write a haiku about the sea."
 SMALL_WINDOWS = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]  # what is not read waits there
-STALL_SECONDS = 1.0
+STALL_SECONDS = 3.0  # more than a busy machine keeps a client that does read
 MANY_BYTES = chat(  # more than a connection's buffers hold
     PROMPT, sampling=greedy(), stopping={"max_tokens": 1000, "ignore_eos": True}, output={"logprobs": 20}
 )
@@ -42,9 +42,19 @@ def stub_of(channel: grpc.Channel) -> Any:
     return executor_pb2_grpc.ExecutorServiceStub(channel)
 
 
+def num_output_tokens(stub: Any) -> int:
+    status = stub.GetStatus(executor_pb2.ExecutorServiceGetStatusRequest(), timeout=10)
+    return int(status.num_output_tokens)
+
+
 def is_idle(stub: Any) -> bool:
     status = stub.GetStatus(executor_pb2.ExecutorServiceGetStatusRequest(), timeout=10)
     return not status.num_running and all(group.num_free == group.num_blocks for group in status.blocks)
+
+
+def ends_of(stack: Stack, reason: str) -> list[str]:
+    """The executor's lines about streams that ended for this reason."""
+    return [line for line in stack.executor.log if "Generate ended" in line and reason in line]
 
 
 def test_a_client_that_stops_reading_is_given_up_and_others_read_on(impatient: Stack) -> None:
@@ -57,8 +67,8 @@ def test_a_client_that_stops_reading_is_given_up_and_others_read_on(impatient: S
         stalled = [stub_of(slow_channel).Generate(MANY_BYTES) for _ in range(3)]
         firsts = [next(iter(call)) for call in stalled]
         assert collect(stub.Generate(MANY_BYTES, timeout=60)).token_ids() == quiet.token_ids()
-        until(lambda: is_idle(stub))  # although nobody has read on
-        time.sleep(2 * STALL_SECONDS)
+        until(lambda: is_idle(stub), 60)  # although nobody has read on
+        until(lambda: len(ends_of(impatient, "CLIENT_STALLED")) == 3)
         for first, call in zip(firsts, stalled, strict=True):
             received = [first]
             error = error_of(_kept(call, received))
@@ -75,13 +85,16 @@ def test_a_stream_is_cancelled_at_once_whether_it_is_read_or_not(stack: Stack) -
     ):
         request = executor_pb2.GenerateRequest()
         request.CopyFrom(MANY_BYTES)
-        request.request_id, request.sampling.n = "unread", 4
+        request.request_id, request.sampling.n, request.stopping.max_tokens = "unread", 4, 1900
+        num_before = num_output_tokens(stub_of(channel))
         call = stub_of(slow_channel).Generate(request)
         next(iter(call))
         time.sleep(0.5)  # what connections hold is full, and a write waits
         stub = stub_of(channel)
         stub.Cancel(executor_pb2.CancelRequest(request_id="unread"), timeout=10)
-        until(lambda: is_idle(stub), 2.0)
+        until(lambda: is_idle(stub))
+        until(lambda: any("unread" in line for line in ends_of(stack, "CANCELLED")))  # a stall would take 60 s to show
+        assert num_output_tokens(stub) - num_before < 4 * 1900
         call.cancel()
 
 
@@ -93,9 +106,7 @@ def test_a_client_that_never_reads_does_not_hold_up_a_drain(demo_gpt_oss: Path) 
     ):
         call = stub_of(channel).Generate(MANY_BYTES)
         next(iter(call))
-        begin = time.monotonic()
-        assert stack.executor.stop() == 0
-        assert time.monotonic() - begin < 6
+        assert stack.executor.stop() == 0  # which gives it a third of the stall
 
 
 def test_no_task_stays_behind(stack: Stack) -> None:
@@ -105,7 +116,7 @@ def test_no_task_stays_behind(stack: Stack) -> None:
         address = f"127.0.0.1:{free_ports(1)[0]}"
         config = ExecutorConfig(ServerConfig(address), ClientConfig(), stack.loader.address, stack.tokenizer.address)
         running = asyncio.create_task(Executor(config).run())
-        while not await is_healthy(address, ClientConfig(), "", 2.0):
+        while not await is_healthy(address, ClientConfig(), "", 10.0):
             await asyncio.sleep(0.05)
         async with grpc.aio.insecure_channel(address) as channel:
             await end_in_every_way(stub_of(channel))
@@ -113,8 +124,9 @@ def test_no_task_stays_behind(stack: Stack) -> None:
         num_tasks = len(asyncio.all_tasks())
         async with grpc.aio.insecure_channel(address) as channel:
             await asyncio.gather(*(end_in_every_way(stub_of(channel)) for _ in range(8)))
-        await asyncio.sleep(1.0)
-        assert len(asyncio.all_tasks()) == num_tasks
+        async with asyncio.timeout(30):  # what a call leaves for the loop to do takes a busy machine its time
+            while len(asyncio.all_tasks()) > num_tasks:
+                await asyncio.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await running == 0
 

@@ -28,29 +28,31 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 def health_of(channel: grpc.Channel, name: str = "") -> int:
     request = health_pb2.HealthCheckRequest(service=name)
-    status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
+    status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=20).status
     return status
 
 
 def test_a_drain_from_its_signal_to_the_end_of_its_grace(demo_gpt_oss: Path) -> None:
     """Unhealthy at once, nothing new is taken, short streams finish, and the rest ends with DRAINING."""
-    options = ["--drain-seconds", "1.5"]
+    grace = 6.0
+    options = ["--drain-seconds", str(grace)]
     with running(demo_gpt_oss, executor_options=options) as stack, grpc.insecure_channel(stack.address) as channel:
         stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-        calls = [stub.Generate(chat(PROMPT, sampling=greedy(), stopping=LONG)) for _ in range(4)]
+        endless = chat(PROMPT, sampling=greedy(), stopping={"ignore_eos": True})
+        calls = [stub.Generate(endless) for _ in range(12)]  # many times the grace, on any machine
         short = stub.Generate(chat(PROMPT, sampling=greedy(), stopping={"max_tokens": 60, "ignore_eos": True}))
         firsts = [next(iter(call)) for call in (*calls, short)]
         signalled = time.monotonic()
         stack.executor.process.terminate()
         while health_of(channel) != NOT_SERVING:
-            assert time.monotonic() - signalled < 2.0, "health must turn at once"
-        assert error_of(stub.Generate(chat("hello"), timeout=5)).reason is Reason.DRAINING
+            assert time.monotonic() - signalled < grace, "health must turn at once"
+        assert error_of(stub.Generate(chat("hello"), timeout=grace)).reason is Reason.DRAINING
         assert len(collect([firsts[-1], *short]).token_ids()) == 60
         for call in calls:
             error = error_of(call)
             assert (error.reason, error.status) == (Reason.DRAINING, Status.UNAVAILABLE)
-        assert 1.5 <= time.monotonic() - signalled < 4.0
-        assert stack.executor.process.wait(10) == 0
+        assert grace <= time.monotonic() - signalled < grace + 20
+        assert stack.executor.process.wait(30) == 0
 
 
 def test_streams_that_outlast_the_grace_go_on_elsewhere(demo_gpt_oss: Path) -> None:
@@ -65,7 +67,7 @@ def test_streams_that_outlast_the_grace_go_on_elsewhere(demo_gpt_oss: Path) -> N
             pass
         assert generation.result.num_resumes == 1
         assert outcome(generation.result) == outcome(quiet)
-        assert stopped.process.wait(10) == 0
+        assert stopped.process.wait(30) == 0
 
 
 @pytest.mark.timeout(180)
