@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
-from shared.errors import Reason, ServiceError, Status
-from shared.rpc_errors import from_rpc_error
+from shared.errors import Reason, Status
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import Service, Stack, running
+from tests.stack import Service, Stack, engine_of, running, until
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +69,16 @@ def test_cancelling_what_does_not_run(stub: Any) -> None:
 
 
 def test_a_request_id_in_use(stub: Any) -> None:
-    call = stub.Generate(chat("Write a haiku about the sea.", request_id="twice", stopping={"ignore_eos": True}))
+    long = {"stopping": {"ignore_eos": True}, "sampling": {"n": 16}}
+    call = stub.Generate(chat("Write a haiku about the sea.", request_id="twice", **long))
     next(iter(call))
     assert error_of(stub.Generate(chat("hello", request_id="twice"), timeout=20)).reason is Reason.REQUEST_ID_IN_USE
     call.cancel()
 
 
-def test_the_queue_is_bounded(demo_gpt2: Path) -> None:
+def test_the_queue_is_bounded(demo_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faults"))
+    monkeypatch.setenv("MXGPT_FAULT", "slow")
     bounds = ["--max-running", "2", "--max-waiting", "1"]
     with running(demo_gpt2, executor_options=bounds) as stack, grpc.insecure_channel(stack.executor.address) as channel:
         stub = executor_pb2_grpc.ExecutorServiceStub(channel)
@@ -85,9 +87,7 @@ def test_the_queue_is_bounded(demo_gpt2: Path) -> None:
         for call in running_calls:
             next(iter(call))
         waiting = stub.Generate(endless)
-        deadline = time.monotonic() + 5
-        while _status(stub).num_waiting < 1:
-            assert time.monotonic() < deadline
+        until(lambda: _status(stub).num_waiting == 1)
         error = error_of(stub.Generate(endless, timeout=20))
         assert (error.reason, error.status) == (Reason.QUEUE_FULL, Status.RESOURCE_EXHAUSTED)
         assert error.retry_after is not None
@@ -96,35 +96,52 @@ def test_the_queue_is_bounded(demo_gpt2: Path) -> None:
 
 
 def test_a_tokenizer_that_goes_away_and_comes_back(demo_gpt_oss: Path) -> None:
-    with running(demo_gpt_oss) as stack, grpc.insecure_channel(stack.executor.address) as channel:
-        stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-        prompt = chat("Write a haiku about the sea.", sampling=greedy(), stopping={"max_tokens": 60})
-        whole = collect(stub.Generate(prompt, timeout=30))
-        endless = chat("Write a haiku about the sea.", sampling=greedy(), stopping={"max_tokens": 900})
-        endless.stopping.ignore_eos = True
-        undisturbed = collect(stub.Generate(endless, timeout=60))
-        call = stub.Generate(endless, timeout=60)
-        first = next(iter(call))
-        port = stack.tokenizer.address
-        stack.executor.wait_health("mxgpt.tokenizer", serving=True)
-        stack.tokenizer.kill()
-        error = error_of(stub.Generate(prompt, timeout=20))
-        stack.executor.wait_health("mxgpt.tokenizer", serving=False)
-        assert (error.reason, error.status) == (Reason.TOKENIZER_UNAVAILABLE, Status.UNAVAILABLE)
-        # Token ids need no tokenizer.
-        bare = request(
-            token_ids=ids(*whole.started.prompt_token_ids),
-            sampling=greedy(),
-            output={"content": "OUTPUT_CONTENT_TOKEN_IDS"},
-        )
-        assert collect(stub.Generate(bare, timeout=20)).token_ids() == whole.token_ids()
-        stack.tokenizer = Service("tokenizer", "--loader", stack.loader.address, "--listen", port)
-        rest = collect([first, *call])
-        assert rest.token_ids() == undisturbed.token_ids()
-        assert rest.text() == undisturbed.text()
-        stack.tokenizer.wait_healthy()
-        assert collect(stub.Generate(prompt, timeout=30)).text() == whole.text()
-        stack.executor.wait_health("mxgpt.tokenizer", serving=True)
+    """It comes back as another process, which is ready before: streams wait for a tokenizer, but not for long."""
+    with running(demo_gpt_oss) as stack:
+        directory = Path(stack.directory.name)
+        tokenizers = [
+            Service("tokenizer", "--loader", stack.loader.address, "--listen", f"unix:{directory / name}")
+            for name in ("first", "second")
+        ]
+        (directory / "tokenizer").symlink_to("first")
+        executor = stack.start_executor("--tokenizer", f"unix:{directory / 'tokenizer'}")
+        try:
+            for service in (*tokenizers, executor):
+                service.wait_healthy()
+            with grpc.insecure_channel(executor.address) as channel:
+                _lose_the_tokenizer(executor, executor_pb2_grpc.ExecutorServiceStub(channel), *tokenizers, directory)
+        finally:
+            for service in (executor, *tokenizers):
+                service.stop()
+
+
+def _lose_the_tokenizer(executor: Service, stub: Any, first: Service, second: Service, directory: Path) -> None:
+    prompt = chat("Write a haiku about the sea.", sampling=greedy(), stopping={"max_tokens": 60})
+    whole = collect(stub.Generate(prompt, timeout=60))
+    endless = chat("Write a haiku about the sea.", sampling=greedy(), stopping={"max_tokens": 900})
+    endless.stopping.ignore_eos = True
+    undisturbed = collect(stub.Generate(endless, timeout=60))
+    call = stub.Generate(endless, timeout=60)
+    begun = next(iter(call))
+    executor.wait_health("mxgpt.tokenizer", serving=True)
+    first.kill()
+    error = error_of(stub.Generate(prompt, timeout=20))
+    executor.wait_health("mxgpt.tokenizer", serving=False)
+    assert (error.reason, error.status) == (Reason.TOKENIZER_UNAVAILABLE, Status.UNAVAILABLE)
+    # Token ids need no tokenizer.
+    bare = request(
+        token_ids=ids(*whole.started.prompt_token_ids),
+        sampling=greedy(),
+        output={"content": "OUTPUT_CONTENT_TOKEN_IDS"},
+    )
+    assert collect(stub.Generate(bare, timeout=60)).token_ids() == whole.token_ids()
+    (directory / "next").symlink_to(second.address.removeprefix("unix:"))
+    os.replace(directory / "next", directory / "tokenizer")
+    rest = collect([begun, *call])
+    assert rest.token_ids() == undisturbed.token_ids()
+    assert rest.text() == undisturbed.text()
+    executor.wait_health("mxgpt.tokenizer", serving=True)
+    assert collect(stub.Generate(prompt, timeout=60)).text() == whole.text()
 
 
 def test_a_loader_that_goes_away_leaves_its_executors_serving(demo_gpt_oss: Path) -> None:
@@ -134,13 +151,13 @@ def test_a_loader_that_goes_away_leaves_its_executors_serving(demo_gpt_oss: Path
         before = collect(stub.Generate(prompt, timeout=30))
         address = stack.loader.address
         stack.loader.kill()
-        _wait_for_health(channel, "mxgpt.loader", health_pb2.HealthCheckResponse.NOT_SERVING)
-        _wait_for_health(channel, "", health_pb2.HealthCheckResponse.SERVING)
+        stack.executor.wait_health("mxgpt.loader", serving=False)
+        stack.executor.wait_healthy()
         assert collect(stub.Generate(prompt, timeout=30)).text() == before.text()
         stack.loader = Service("loader", "--socket", stack.socket, "--model", str(stack.model), "--listen", address)
-        _wait_for_health(channel, "mxgpt.loader", health_pb2.HealthCheckResponse.SERVING)
+        stack.executor.wait_health("mxgpt.loader", serving=True)
         stack.loader.wait_healthy()
-        assert "adopted" in stack.loader.text
+        until(lambda: "adopted" in stack.loader.text)
         assert collect(stub.Generate(prompt, timeout=30)).text() == before.text()
 
 
@@ -158,7 +175,7 @@ def test_an_executor_may_start_first(demo_gpt2: Path, tmp_path: Path) -> None:
             assert error.reason in (Reason.STARTING, Reason.LOADER_UNAVAILABLE), "the second once it has tried"
             loader = Service("loader", "--socket", socket, "--model", str(demo_gpt2), "--listen", loader_address)
             try:
-                _wait_for_health(channel, "mxgpt.loader", health_pb2.HealthCheckResponse.SERVING)
+                executor.wait_health("mxgpt.loader", serving=True)
             finally:
                 loader.stop()
     finally:
@@ -166,16 +183,26 @@ def test_an_executor_may_start_first(demo_gpt2: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_running_streams_finish_and_takes_no_new_ones(demo_gpt_oss: Path) -> None:
-    with running(demo_gpt_oss) as stack, grpc.insecure_channel(stack.executor.address) as channel:
+    """The engine stands still meanwhile, so that the stream does not finish before another is refused."""
+    with (
+        running(demo_gpt_oss, executor_options=["--drain-seconds", "100"]) as stack,
+        grpc.insecure_channel(stack.executor.address) as channel,
+    ):
         stub = executor_pb2_grpc.ExecutorServiceStub(channel)
         prompt = chat("Write a haiku about the sea.", sampling=greedy(), stopping={"max_tokens": 600})
         prompt.stopping.ignore_eos = True
-        call = stub.Generate(prompt, timeout=60)
+        call = stub.Generate(prompt, timeout=100)
         first = next(iter(call))
+        engine = engine_of(stack.executor)
+        os.kill(engine, signal.SIGSTOP)
         codes: list[int] = []
         stopping = threading.Thread(target=lambda: codes.append(stack.executor.stop()))
         stopping.start()
-        error = _first_refusal(stub)
+        try:
+            stack.executor.wait_health("", serving=False)
+            error = error_of(stub.Generate(chat("hello", stopping={"max_tokens": 1}), timeout=60))
+        finally:
+            os.kill(engine, signal.SIGCONT)
         assert (error.reason, error.status) == (Reason.DRAINING, Status.UNAVAILABLE)
         assert len(collect([first, *call]).token_ids()) == 600
         stopping.join()
@@ -184,28 +211,3 @@ def test_sigterm_lets_running_streams_finish_and_takes_no_new_ones(demo_gpt_oss:
 
 def _status(stub: Any) -> Any:
     return stub.GetStatus(executor_pb2.ExecutorServiceGetStatusRequest(), timeout=10)
-
-
-def _first_refusal(stub: Any, seconds: float = 5.0) -> ServiceError:
-    """Send small requests until one is refused."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            list(stub.Generate(chat("hello", stopping={"max_tokens": 1}), timeout=20))
-        except grpc.RpcError as error:
-            return from_rpc_error(error, Reason.EXECUTOR_UNAVAILABLE)
-    raise AssertionError("new requests are still taken")
-
-
-def _wait_for_health(channel: grpc.Channel, name: str, wanted: int, seconds: float = 15.0) -> None:
-    stub = health_pb2_grpc.HealthStub(channel)
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status == wanted:
-                return
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
-        assert time.monotonic() < deadline, f"health of {name!r} did not change"
-        time.sleep(0.02)

@@ -16,7 +16,7 @@ from mxgpt import Client
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 from shared.errors import Reason, Status
 from tests.calls import chat, collect, error_of, greedy
-from tests.stack import engine_of, running
+from tests.stack import engine_of, running, until
 
 PROMPT = "Write a haiku about the sea."
 POISON = 901  # an id that no other prompt here holds, and that greedy decoding does not draw after them
@@ -56,21 +56,20 @@ def test_a_step_that_raises_is_an_internal_error_with_a_reference_to_the_log(dem
     plant("raise")
     with running(demo_gpt_oss) as stack, grpc.insecure_channel(stack.address) as channel:
         stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-        before = collect(stub.Generate(chat(PROMPT, sampling=greedy()), timeout=30))
-        beside = stub.Generate(chat(PROMPT, sampling=greedy(), stopping={"ignore_eos": True}), timeout=30)
+        before = collect(stub.Generate(chat(PROMPT, sampling=greedy()), timeout=60))
+        beside = stub.Generate(chat(PROMPT, sampling=greedy(), stopping={"ignore_eos": True}), timeout=60)
         next(iter(beside))
-        error = error_of(stub.Generate(prompt_of(1, 2, POISON), timeout=30))
+        error = error_of(stub.Generate(prompt_of(1, 2, POISON), timeout=60))
         assert (error.reason, error.status) == (Reason.INTERNAL, Status.INTERNAL)
         reference = error.metadata["reference"]
         assert reference in error.message
         assert error_of(beside).metadata["reference"] == reference, "it was in the same step"
-        after = collect(stub.Generate(chat(PROMPT, sampling=greedy()), timeout=30))
+        after = collect(stub.Generate(chat(PROMPT, sampling=greedy()), timeout=60))
         assert after.token_ids() == before.token_ids()
         assert is_serving(channel)
         assert all_blocks_are_free(stub)
-        assert reference in stack.executor.text
+        until(lambda: reference in stack.executor.text and "RuntimeError" in stack.executor.text)
         assert "Traceback" in stack.executor.text
-        assert "RuntimeError" in stack.executor.text
         assert "planted" not in error.message, "what went wrong inside is for the log alone"
 
 
@@ -79,12 +78,12 @@ def test_memory_that_runs_out_in_a_step_ends_the_request_that_wanted_it(demo_gpt
     with running(demo_gpt_oss) as stack, grpc.insecure_channel(stack.address) as channel:
         stub = executor_pb2_grpc.ExecutorServiceStub(channel)
         request = chat(PROMPT, sampling=greedy(), stopping={"max_tokens": 400, "ignore_eos": True})
-        quiet = collect(stub.Generate(request, timeout=30))
-        beside = stub.Generate(request, timeout=30)
+        quiet = collect(stub.Generate(request, timeout=60))
+        beside = stub.Generate(request, timeout=60)
         first = next(iter(beside))
-        error = error_of(stub.Generate(prompt_of(*LONG_PROMPT), timeout=30))
+        error = error_of(stub.Generate(prompt_of(*LONG_PROMPT), timeout=60))
         assert (error.reason, error.status) == (Reason.KV_EXHAUSTED, Status.RESOURCE_EXHAUSTED)
-        assert error.metadata["reference"] in stack.executor.text
+        until(lambda: error.metadata["reference"] in stack.executor.text)
         rest = collect([first, *beside])
         assert rest.token_ids() == quiet.token_ids()
         assert rest.text() == quiet.text()
@@ -101,21 +100,22 @@ def test_an_engine_that_is_broken_for_good_ends_its_executor_with_a_failure(demo
             quiet = client.complete(PROMPT, max_tokens=600, ignore_eos=True, temperature=0)
             health = Watch(channel)
             stub = executor_pb2_grpc.ExecutorServiceStub(channel)
-            error = error_of(stub.Generate(prompt_of(1, 2, POISON), timeout=30))
+            error = error_of(stub.Generate(prompt_of(1, 2, POISON), timeout=60))
             assert (error.reason, error.status) == (Reason.INTERNAL, Status.INTERNAL)
-            assert broken.process.wait(10) == 1, "its supervisor must see a failure"
+            assert broken.process.wait(60) == 1, "its supervisor must see a failure"
             assert health.statuses() == [True, False], "health says so before the end"
+            broken.joined()
             assert "giving up" in broken.text
             assert client.complete(PROMPT, max_tokens=600, ignore_eos=True, temperature=0).text == quiet.text
 
 
 def test_an_engine_that_hangs_ends_its_executor_with_a_failure_and_its_streams_go_on(demo_gpt_oss: Path) -> None:
     with (
-        running(demo_gpt_oss, 2, executor_options=["--step-seconds", "3"]) as stack,
+        running(demo_gpt_oss, 2, executor_options=["--step-seconds", "8"]) as stack,
         Client(stack.address) as client,
     ):
-        quiet = client.complete(PROMPT, temperature=0.0, max_tokens=600, ignore_eos=True)
-        generation = client.generate(PROMPT, temperature=0.0, max_tokens=600, ignore_eos=True)
+        quiet = client.complete(PROMPT, temperature=0.0, max_tokens=1500, ignore_eos=True)
+        generation = client.generate(PROMPT, temperature=0.0, max_tokens=1500, ignore_eos=True)
         next(generation)
         (hung,) = [e for e in stack.executors if generation.result.executor_id.endswith(f"-{e.process.pid}")]
         os.kill(engine_of(hung), signal.SIGSTOP)
@@ -123,9 +123,9 @@ def test_an_engine_that_hangs_ends_its_executor_with_a_failure_and_its_streams_g
             pass
         assert generation.result.num_resumes == 1
         assert generation.result.outputs[0].token_ids == quiet.outputs[0].token_ids
-        assert hung.process.wait(20) == 1
+        assert hung.process.wait(60) == 1
         hung.joined()
-        assert "has not ended its step for 3 s" in hung.text
+        assert "has not ended its step for 8 s" in hung.text
 
 
 def test_blocks_that_run_out_and_prompts_that_never_fit_harm_nobody_else(demo_gpt_oss: Path) -> None:
@@ -141,7 +141,7 @@ def test_blocks_that_run_out_and_prompts_that_never_fit_harm_nobody_else(demo_gp
         alone = [collect(stub.Generate(request, timeout=60)) for request in requests]
         calls = [stub.Generate(request, timeout=60) for request in requests]
         firsts = [next(iter(call)) for call in calls[:2]]
-        error = error_of(stub.Generate(prompt_of(*[9] * context_length), timeout=30))
+        error = error_of(stub.Generate(prompt_of(*[9] * context_length), timeout=60))
         assert (error.reason, error.status) == (Reason.CONTEXT_LENGTH_EXCEEDED, Status.INVALID_ARGUMENT)
         together = [collect([*firsts[number : number + 1], *call]) for number, call in enumerate(calls)]
         assert [each.token_ids() for each in together] == [each.token_ids() for each in alone]

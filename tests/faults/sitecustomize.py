@@ -2,11 +2,14 @@
 
 MXGPT_FAULT says what befalls the numpy runner: "raise", an error in each step that a token with the id MXGPT_FAULT_ID
 is part of; "break", the same, and in every step from then on; "memory", a MemoryError in each step with more than 64
-tokens of one sequence.
+tokens of one sequence; "slow", an engine that takes a while for each step, so that its streams last.
 """
 
 import os
 import sys
+import time
+
+SLOW_SECONDS = 0.05  # of a step
 
 
 def plant(fault: str, token_id: int) -> None:
@@ -16,7 +19,9 @@ def plant(fault: str, token_id: int) -> None:
 
     def faulty(self, batch):
         nonlocal is_broken
-        if fault == "memory":
+        if fault == "slow":
+            time.sleep(SLOW_SECONDS)
+        elif fault == "memory":
             if max(part.num_tokens for part in batch.sequences) > 64:
                 raise MemoryError("planted by a test")
         elif is_broken or token_id in batch.token_ids:
