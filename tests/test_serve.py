@@ -6,7 +6,6 @@ import math
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_g
 from shared.channel import open_channel
 from shared.config import ClientConfig
 from shared.errors import ServiceError
-from tests.stack import ROOT
+from tests.stack import ROOT, free_ports
 
 TLS = ROOT / "tests" / "tls"
 MXGPT = [sys.executable, "-m", "mxgpt"]
@@ -52,14 +51,14 @@ class Served:
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and _parent(entry) == self.process.pid:
-                command = (entry / "cmdline").read_bytes().decode().split("\0")
+                command = _command(entry)
                 if len(command) > 2 and command[2].startswith("services."):
                     found[command[2].removeprefix("services.")] = int(entry.name)
         return found
 
     def stop(self, number=signal.SIGINT):
         self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=30)
+        _, err = self.process.communicate(timeout=60)
         return self.process.returncode, err
 
 
@@ -70,6 +69,13 @@ def _parent(entry):
         return None
 
 
+def _command(entry):
+    try:
+        return (entry / "cmdline").read_bytes().decode().split("\0")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return []
+
+
 def _alive(process_ids):
     return [pid for pid in process_ids if Path(f"/proc/{pid}").exists() and _state(pid) != "Z"]
 
@@ -77,7 +83,7 @@ def _alive(process_ids):
 def _state(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "Z"
 
 
@@ -86,7 +92,7 @@ def _catches(process_id, number):
     return bool(caught) and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
-def _wait_until(condition, seconds=20.0, pause=0.05):
+def _wait_until(condition, seconds=60.0, pause=0.05):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -151,9 +157,9 @@ def test_interrupt_frees_the_engine(served):
     with Client(served.address) as client:
         assert client.status().num_running == 1
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
         assert process.returncode == 130
-        _wait_until(lambda: client.status().num_running == 0, seconds=5)
+        _wait_until(lambda: client.status().num_running == 0)
         assert all(block.num_free == block.num_blocks for block in client.status().blocks)
 
 
@@ -182,7 +188,7 @@ def test_a_killed_tokenizer_and_loader_come_back(served):
         _wait_until(lambda name=name, killed=killed: served.children().get(name, killed) != killed)
 
     def answers():
-        code, out, _ = mxgpt("chat", "What is 3 + 4?", "--temperature", "0", "--timeout", "5", server=served.address)
+        code, out, _ = mxgpt("chat", "What is 3 + 4?", "--temperature", "0", "--timeout", "20", server=served.address)
         return (code, out) == (0, "7\n")
 
     _wait_until(answers)
@@ -190,7 +196,7 @@ def test_a_killed_tokenizer_and_loader_come_back(served):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_requests_finish_and_stops_everything(number):
-    server = Served()
+    server = Served("--drain-seconds", "30")
     process_ids = list(server.children().values())
     with Client(server.address) as client:
         generation = client.generate("hello", max_tokens=100, ignore_eos=True)
@@ -200,7 +206,7 @@ def test_a_signal_lets_requests_finish_and_stops_everything(number):
             pass
         assert len(generation.result.outputs[0].token_ids) == 100
         assert generation.result.num_resumes == 0
-    _, err = server.process.communicate(timeout=30)
+    _, err = server.process.communicate(timeout=60)
     assert server.process.returncode == 0
     assert "running requests may finish" in err
     assert "Traceback" not in err
@@ -239,7 +245,7 @@ def test_it_serves_and_stops_when_nobody_reads_its_log_any_more():
     with Client(server.address) as client:
         client.complete("one two", max_tokens=2)
     server.process.terminate()
-    assert server.process.wait(30) == 0
+    assert server.process.wait(60) == 0
     assert _alive(process_ids) == []
 
 
@@ -256,8 +262,8 @@ def test_a_killed_executors_stream_goes_on_at_the_other():
     server = Served("--executors", "2")
     assert server.address.count(",") == 1
     with Client(server.address) as client:
-        whole = client.complete("hello", max_tokens=200, ignore_eos=True, seed=4)
-        generation = client.generate("hello", max_tokens=200, ignore_eos=True, seed=4)
+        whole = client.complete("hello", max_tokens=800, ignore_eos=True, seed=4)
+        generation = client.generate("hello", max_tokens=800, ignore_eos=True, seed=4)
         pieces = [next(generation)]
         executor_id = generation.result.executor_id  # host and process id
         os.kill(int(executor_id.rpartition("-")[2]), signal.SIGKILL)
@@ -270,19 +276,20 @@ def test_a_killed_executors_stream_goes_on_at_the_other():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_hung_executors_stream_goes_on_at_the_other():
     """It neither answers nor closes its connections: keepalive finds out."""
     server = Served("--executors", "2")
     with Client(server.address) as client:
-        whole = client.complete("hello", max_tokens=200, ignore_eos=True, seed=4)
-        generation = client.generate("hello", max_tokens=200, ignore_eos=True, seed=4)
+        whole = client.complete("hello", max_tokens=800, ignore_eos=True, seed=4)
+        generation = client.generate("hello", max_tokens=800, ignore_eos=True, seed=4)
         next(generation)
         process_id = int(generation.result.executor_id.rpartition("-")[2])
         os.kill(process_id, signal.SIGSTOP)
         start = time.monotonic()
         for _ in generation:
             pass
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - start < 90
         assert generation.result.text == whole.text
         assert generation.result.num_resumes == 1
         os.kill(process_id, signal.SIGCONT)
@@ -386,14 +393,12 @@ def test_a_port_in_use_is_reported(served):
 
 
 def test_with_a_port_of_its_own_the_others_are_free_ones(demo_gpt2):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [*MXGPT, "serve", "--model", str(demo_gpt2), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().split()[-1] == f"127.0.0.1:{port}"
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode == 0
 
 
@@ -460,7 +465,7 @@ def test_serving_refuses_a_missing_model(tmp_path):
 
 def test_demo():
     done = subprocess.run(
-        [sys.executable, "-m", "mxgpt.demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "mxgpt.demo"], cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
     )
     assert "923" in done.stdout
     assert len(re.findall(r"tokens/s", done.stdout)) == 4

@@ -120,7 +120,7 @@ def test_an_error_in_mid_stream_and_a_cancelled_stream_close_the_generator() -> 
             call = stub.Generate(executor_pb2.GenerateRequest(request_id="hangs"))
             assert (await call.read()).delta.text == "a"
             call.cancel()
-            await asyncio.wait_for(servicer.closed.wait(), 5)
+            await asyncio.wait_for(servicer.closed.wait(), 30)
 
     serving(test)
 
@@ -154,7 +154,9 @@ def test_health_reflection_and_drain() -> None:
 def test_whoever_asks_for_health_is_told_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     async def ask(address: str, *options: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "shared.health", address, *options), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "shared.health", address, "--timeout", "30", *options),
+            cwd=ROOT,
+            stderr=asyncio.subprocess.PIPE,
         )
         _, said = await process.communicate()
         return process.returncode, said.decode()
