@@ -130,7 +130,7 @@ async def attached(address: str, executor_id: str = "executor", model: str = "")
         await client.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 10.0) -> float:
+async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 60.0) -> float:
     """Wait for a condition; returns the seconds that it took."""
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -142,6 +142,21 @@ async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float 
             return loop.time() - began
         assert loop.time() - began < seconds, "what was waited for did not happen"
         await asyncio.sleep(0.002)
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process has a file open."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if descriptor.readlink() == path:
+                return True
+    return False
+
+
+def mapped_weights() -> set[str]:
+    """Inodes of the weights that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "mxgpt-weights" in line}
 
 
 def num_memfds(process_id: int | str = "self") -> int:

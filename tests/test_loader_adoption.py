@@ -130,7 +130,7 @@ async def test_a_killed_loader_finds_its_memory_again(tmp_path: Path, model: Pat
                 assert newcomer.attachment.manifest == survivor.attachment.manifest
                 assert bytes(newcomer.attachment.map()[0]) == before
             await survivor.close()
-            assert num_memfds(again.process.pid) == len(views)
+            await until(lambda: num_memfds(again.process.pid) == len(views))
         finally:
             assert again.stop() == 0
 
@@ -171,19 +171,20 @@ async def test_a_loader_that_preloads_waits_for_the_memory_of_the_one_before(tmp
     loader.wait_healthy()
     async with attached(address, "survivor") as survivor:
         assert loader.stop() == 0, "an orderly end under leases leaves the socket as a sign, too"
-        again = Service("loader", "--listen", address, *options)
+        again = Service("loader", "--listen", address, "--adoption-seconds", "60", *options)
         try:
             await asyncio.to_thread(again.wait_healthy)
             await until(survivor.attached.is_set)
             async with attached(address, "newcomer") as newcomer:
                 assert inodes(newcomer) == inodes(survivor)
-            assert "adopted" in again.text
-            assert "loaded" not in again.text
             await survivor.close()
             async with open_channel(address) as channel:
                 await until(lambda: has_no_lease(channel))
         finally:
             assert again.stop() == 0
+    again.joined()
+    assert "adopted" in again.text
+    assert "loaded" not in again.text
     assert not (tmp_path / "loader.sock").exists(), "nobody can bring memory: the next start need not wait"
 
 
@@ -269,6 +270,7 @@ async def test_memory_that_never_comes_is_not_waited_for(
     async with orphaned(tmp_path, model) as client, running_loader(tmp_path) as running:
         error = await refusal(running.stub.Attach(attach_request(client)))
         assert (error.reason, error.field) == (Reason.FIELD_INVALID, "held")
+        monkeypatch.setattr("services.loader.adoption.ARRIVAL_SECONDS", 60)
         gone = running.stub.Attach(attach_request(client))
         await gone.read()
         gone.cancel()
@@ -521,13 +523,13 @@ async def test_a_start_waits_no_longer_for_memory_that_does_not_come(tmp_path: P
     async with attached(loader.address, "frozen") as client:
         request = attach_request(client)
     loader.kill()
-    again = Service("loader", "--adoption-seconds", "1", *options)
+    again = Service("loader", "--adoption-seconds", "5", *options)
     try:
         async with open_channel(again.address) as channel:
             call = loader_pb2_grpc.LoaderServiceStub(channel).Attach(request)
             assert (await call.read()).attached.adopt
             await asyncio.to_thread(again.wait_healthy)
-            assert "loaded model" in again.text
+            await until(lambda: "loaded model" in again.text)
             call.cancel()
     finally:
         again.kill()

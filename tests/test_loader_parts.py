@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,19 +197,23 @@ def test_allocations_get_numbers_that_were_never_used_and_checksums_of_what_they
 def test_a_loader_that_cannot_start_says_why_and_fails(tmp_path: Path, options: list[str], why: str) -> None:
     command = [sys.executable, "-m", "services.loader", "--listen", "127.0.0.1:0"]
     done = subprocess.run(
-        [*command, "--socket", str(tmp_path / "s"), *options], capture_output=True, text=True, timeout=30, check=False
+        [*command, "--socket", str(tmp_path / "s"), *options], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode != 0
     assert why in done.stderr
     assert not (tmp_path / "s").exists()
 
 
-def test_a_loader_told_to_stop_while_it_loads_ends_in_order(tmp_path: Path) -> None:
+def test_a_loader_told_to_stop_while_it_loads_ends_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faults"))
+    monkeypatch.setenv("MXGPT_FAULT", "slow load")
     config = replace(WIDE_GPT2, num_layers=12, ffn_size=2048)
     path = write_gpt2(tmp_path / "large.gguf", config)
     loader = Service("loader", "--socket", str(tmp_path / "s"), "--model", str(path), "--threads", "1")
     assert loader.address
     assert loader.stop() == 0
+    loader.joined()
+    assert "large is not loaded" in loader.text
     assert "loaded" not in loader.text.replace("not loaded", "")
     assert not (tmp_path / "s").exists()
 
@@ -253,6 +258,7 @@ def test_processes_that_check_end_with_their_file_or_with_the_loader(
     checks = TokenizerChecks(keeps_ready=True)
     checks.make_ready()
     (first,) = checks._waiting
+    first.send_signal(signal.SIGSTOP)
     with checks.begin(path):  # nobody waits for what it finds
         assert first.poll() is None
     assert first.returncode is not None
@@ -264,7 +270,7 @@ def test_processes_that_check_end_with_their_file_or_with_the_loader(
     (third,) = checks._waiting
     assert third.stdin is not None
     third.stdin.close()  # as when the loader is killed
-    assert third.wait(30) == 0
+    assert third.wait(100) == 0
     checks.make_ready()
     checks.close()
     assert not checks._waiting

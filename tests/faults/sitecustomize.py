@@ -1,8 +1,9 @@
-"""Plants faults into the engine processes of a test: Python imports this where its folder is on PYTHONPATH.
+"""Plants faults into the engines or the loaders of a test: Python imports this where its folder is on PYTHONPATH.
 
 MXGPT_FAULT says what befalls the numpy runner: "raise", an error in each step that a token with the id MXGPT_FAULT_ID
 is part of; "break", the same, and in every step from then on; "memory", a MemoryError in each step with more than 64
-tokens of one sequence; "slow", an engine that takes a while for each step, so that its streams last.
+tokens of one sequence; "slow", an engine that takes a while for each step, so that its streams last; "slow load",
+a loader that takes a while for each tensor.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 
 SLOW_SECONDS = 0.05  # of a step
+SLOW_LOAD_SECONDS = 0.5  # of a tensor
 
 
 def plant(fault: str, token_id: int) -> None:
@@ -32,5 +34,22 @@ def plant(fault: str, token_id: int) -> None:
     NumpyRunner.forward = faulty
 
 
+def plant_slow_load() -> None:
+    from services.loader import cpu_memory
+
+    fill = cpu_memory.fill
+
+    def slow(planned, file, index, buffer, count):
+        def count_late(num_bytes):
+            time.sleep(SLOW_LOAD_SECONDS)
+            count(num_bytes)
+
+        fill(planned, file, index, buffer, count_late)
+
+    cpu_memory.fill = slow
+
+
+if "services.loader" in sys.orig_argv and os.environ["MXGPT_FAULT"] == "slow load":
+    plant_slow_load()
 if "services.executor.engine_process" in sys.orig_argv:
     plant(os.environ["MXGPT_FAULT"], int(os.environ.get("MXGPT_FAULT_ID", "-1")))
