@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.stack import ROOT, Stack
+from tests.stack import ROOT, Stack, free_ports
 
 
 def samples(page: str, language: str, stack: Stack | None = None) -> list[str]:
@@ -30,11 +29,8 @@ def run_commands(blocks: Sequence[str], directory: Path) -> list[str]:
     script = "set -eu\ntrap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT\n" + "echo ---\n".join(blocks)
     script = script.replace("mxgpt serve", "mxgpt serve --port 50051 --loader-port 0 --tokenizer-port 0")
     executor = ""
-    for port in ("50051", "50052", "50053"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            number = str(free.getsockname()[1])
-        script = script.replace(port, number)
+    for port, number in zip(("50051", "50052", "50053"), free_ports(3), strict=True):
+        script = script.replace(port, str(number))
         executor = executor or f"localhost:{number}"
     for name in ("models", "shared", "services", "mxgpt"):
         (directory / name).symlink_to(ROOT / name)

@@ -50,7 +50,7 @@ def test_a_channel_shows_the_certificate_of_now_and_its_calls_go_on(
             stub: Any = executor_pb2_grpc.ExecutorServiceStub(channel)
 
             async def name() -> str:
-                return str((await stub.Cancel(executor_pb2.CancelRequest(), timeout=5)).executor_id)
+                return str((await stub.Cancel(executor_pb2.CancelRequest(), timeout=60)).executor_id)
 
             assert await name() == "client.example"
             running = stub.Generate(executor_pb2.GenerateRequest())

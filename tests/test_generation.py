@@ -121,7 +121,7 @@ def test_scores_of_a_prompt_go_out_as_they_come_and_count(monkeypatch: pytest.Mo
         engine.generation.on_event(PromptScored("7", 1, scores))
         return [(await anext(responses)).WhichOneof("event") for _ in range(2)]
 
-    assert asyncio.run(asyncio.wait_for(read(), 5.0)) == ["started", "prompt_logprobs"], "before the first token"
+    assert asyncio.run(asyncio.wait_for(read(), 60.0)) == ["started", "prompt_logprobs"], "before the first token"
     for start in (11, 21):
         assert engine.cancelled == []
         engine.generation.on_event(PromptScored("7", start, scores))
