@@ -129,7 +129,8 @@ async def measure_priorities(size: Size) -> list[str]:
     ):
         options: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "temperature": 0}
         early = [asyncio.create_task(read(client, [300 + i, 301], priority=0, **options)) for i in range(40)]
-        await asyncio.sleep(0.3)
+        while (await client.status()).num_waiting < 30 and not early[0].done():  # until most of them have come
+            await asyncio.sleep(0.01)
         urgent = [
             asyncio.create_task(read(client, [400 + i, 301], priority=5, **options)) for i in range(size.num_urgent)
         ]

@@ -23,7 +23,7 @@ EXAMPLE = ROOT / "examples" / "node"
 def output_of(*command: str, cwd: Path = ROOT) -> str:
     """What a program wrote to both of its outputs; it must end well."""
     ran = subprocess.run(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100, check=False
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=290, check=False
     )
     assert ran.returncode == 0, ran.stdout
     return ran.stdout

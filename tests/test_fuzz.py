@@ -79,7 +79,7 @@ def python(*arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,
+        timeout=290,
         check=False,
     )
     assert process.returncode == 0, process.stdout[-4000:]

@@ -9,7 +9,7 @@ from tests.stack import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "benchmark",
     [
