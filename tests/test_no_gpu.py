@@ -25,7 +25,7 @@ def no_gpu() -> None:
 def test_the_loader_ends_with_one_sentence(tmp_path: Path, demo_gpt2: Path) -> None:
     command = [sys.executable, "-m", "services.loader", "--listen", "127.0.0.1:0", "--device", "cuda:0"]
     command += ["--socket", str(tmp_path / "loader.sock"), "--model", str(demo_gpt2)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "ERROR" in line]

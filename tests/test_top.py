@@ -107,7 +107,7 @@ class Terminal:
         )
         os.close(theirs)
 
-    def read_until(self, wanted: str, seconds: float = 20.0) -> None:
+    def read_until(self, wanted: str, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while wanted not in self.text:
             ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline - time.monotonic()))
@@ -130,7 +130,7 @@ def test_it_ends_cleanly(watched: Stack, how: str) -> None:
     else:
         terminal.process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGTERM)
     terminal.read_until(ALTERNATE_SCREEN[1])
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.text
     assert termios.tcgetattr(terminal._ours)[:4] == terminal.before[:4]
 

@@ -16,7 +16,7 @@ const HAIKU = { role: "user", content: "Write a haiku about the sea." };
 const ENDLESS = { chat: { messages: [HAIKU] }, stopping: { ignore_eos: true, max_tokens: 3000 } };
 
 for (const [name, connect] of [["from the .proto files", connectFromProtos], ["by reflection", connectByReflection]]) {
-  describe(name, { timeout: 60_000 }, () => {
+  describe(name, { timeout: 100_000 }, () => {
     let clients;
 
     before(async () => (clients = await connect(EXECUTOR, TOKENIZER)));
@@ -25,7 +25,7 @@ for (const [name, connect] of [["from the .proto files", connectFromProtos], ["b
     /** The answer of a unary method, or its error. */
     const ask = (client, method, request = {}) =>
       new Promise((resolve, reject) => {
-        client[method](request, { deadline: Date.now() + 20_000 }, (error, answer) =>
+        client[method](request, { deadline: Date.now() + 50_000 }, (error, answer) =>
           error ? reject(error) : resolve(answer),
         );
       });
@@ -45,7 +45,7 @@ for (const [name, connect] of [["from the .proto files", connectFromProtos], ["b
     }
 
     const untilIdle = async () => {
-      const deadline = Date.now() + 5_000;
+      const deadline = Date.now() + 30_000;
       while ((await ask(clients.executor, "GetStatus")).num_running > 0) {
         assert.ok(Date.now() < deadline, "the engine still runs what was cancelled");
         await new Promise((resolve) => setTimeout(resolve, 10));
@@ -103,8 +103,8 @@ for (const [name, connect] of [["from the .proto files", connectFromProtos], ["b
 
     it("keeps its deadline", async () => {
       const start = Date.now();
-      const { started, finished, error } = await read(clients.executor.Generate(ENDLESS, { deadline: start + 500 }));
-      assert.ok(Date.now() - start < 5_000);
+      const { started, finished, error } = await read(clients.executor.Generate(ENDLESS, { deadline: start + 2_000 }));
+      assert.ok(Date.now() - start < 30_000);
       assert.equal(error.code, status.DEADLINE_EXCEEDED);
       assert.equal(started.length, 1);
       assert.equal(finished.length, 0);
