@@ -7,7 +7,7 @@ OTEL_EXPORTER_OTLP_HEADERS and OTEL_BSP_SCHEDULE_DELAY among them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,7 +18,7 @@ from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from shared.tracing import Attributes, Metadata, Span
@@ -135,15 +135,12 @@ def open_exporter(target: str) -> SpanExporter:
     return OTLPSpanExporter(endpoint=target, insecure=url.scheme == "http")
 
 
-class _FileExporter(SpanExporter):
+class _FileExporter(ConsoleSpanExporter):
     """Appends each span as a line of JSON; several processes may share the file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._file.write("".join(map(_json_line, spans)).encode())  # at once: no other process's come in between
-        return SpanExportResult.SUCCESS
+        self._file = path.open("a")
+        super().__init__(out=self._file, formatter=_json_line)
 
     def shutdown(self) -> None:
         self._file.close()
