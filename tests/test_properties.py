@@ -123,9 +123,9 @@ def test_the_variables_of_any_conversation(chat: Any) -> None:
     except ServiceError as error:
         _check_refusal(error, {Reason.FIELD_INVALID}, r"chat\.")
         return
-    said = "".join(message["content"] for message in guarded.variables["messages"])
+    said = "\n".join(message["content"] for message in guarded.variables["messages"])  # what none says, two may spell
     text, ids = encode_rendered(tokenizer(), said, guarded.mark)
-    assert text == "".join(message.content for message in chat.messages), "the text stays as it was"
+    assert text == "\n".join(message.content for message in chat.messages), "the text stays as it was"
     if guarded.mark is not None:
         assert tokenizer().vocabulary.special_texts.keys().isdisjoint(ids), "no message spells a special token"
 
