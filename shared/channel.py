@@ -55,17 +55,13 @@ def open_channel(target: str, config: ClientConfig | None = None) -> Channel:
     options = [*CHANNEL_OPTIONS, *name_options(config)]
     uri = target_uri(target)
     token = config.token_source()
+    kinds = (_UnaryUnaryToken, _UnaryStreamToken, _StreamStreamToken)
+    interceptors = [kind(token) for kind in kinds] if token is not None else []
     if config.tls_root is None:
-        kinds = (_UnaryUnaryToken, _UnaryStreamToken, _StreamStreamToken)
-        interceptors = [kind(token) for kind in kinds] if token is not None else []
         return grpc.aio.insecure_channel(uri, options=options, interceptors=interceptors)
 
     def open_secure() -> grpc.aio.Channel:
-        credentials = channel_credentials(config)
-        if token is not None:
-            plugin = grpc.metadata_call_credentials(_TokenPlugin(token))
-            credentials = grpc.composite_channel_credentials(credentials, plugin)
-        return grpc.aio.secure_channel(uri, credentials, options=options)
+        return grpc.aio.secure_channel(uri, channel_credentials(config), options=options, interceptors=interceptors)
 
     return FollowingChannel(config.tls_files, open_secure)
 
@@ -80,19 +76,11 @@ def token_entry(token: str) -> tuple[str, str]:
     return ("authorization", f"Bearer {token}")
 
 
-class _TokenPlugin(grpc.AuthMetadataPlugin):
-    """Adds the bearer token to each call of a channel with TLS."""
-
-    def __init__(self, token: Callable[[], str]) -> None:
-        self._token = token
-
-    def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
-        callback((token_entry(self._token()),), None)
-
-
 class _BearerToken:
-    """Adds the bearer token to each call of a plain-text channel, where call credentials are not allowed.
+    """Adds the bearer token to each call of a channel.
 
+    Call credentials would do so over TLS only, and can freeze the process: gRPC destroys them in a thread of its own
+    that needs the interpreter's lock, which closing a channel holds while it waits for that thread (grpc/grpc#42247).
     One class for each kind of call: grpc.aio takes an interceptor for the first kind that it finds it good for.
     """
 
