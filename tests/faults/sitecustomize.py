@@ -1,12 +1,14 @@
-"""Plants faults into the engines or the loaders of a test: Python imports this where its folder is on PYTHONPATH.
+"""Plants faults into engines, loaders or commands of a test: Python imports this where its folder is on PYTHONPATH.
 
 MXGPT_FAULT says what befalls the numpy runner: "raise", an error in each step that a token with the id MXGPT_FAULT_ID
 is part of; "break", the same, and in every step from then on; "memory", a MemoryError in each step with more than 64
 tokens of one sequence; "slow", an engine that takes a while for each step, so that its streams last; "slow load",
-a loader that takes a while for each tensor.
+a loader that takes a while for each tensor; "halt", a command that stops itself (SIGSTOP) once it has taken SIGINT over
+from Python, until it is continued.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -49,7 +51,22 @@ def plant_slow_load() -> None:
     cpu_memory.fill = slow
 
 
+def plant_halt() -> None:
+    take = signal.signal
+
+    def halting(number, handler):
+        before = take(number, handler)
+        if number == signal.SIGINT and handler == signal.SIG_DFL:
+            signal.signal = take
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return before
+
+    signal.signal = halting
+
+
+if "mxgpt" in sys.orig_argv and os.environ["MXGPT_FAULT"] == "halt":
+    plant_halt()
 if "services.loader" in sys.orig_argv and os.environ["MXGPT_FAULT"] == "slow load":
     plant_slow_load()
-if "services.executor.engine_process" in sys.orig_argv:
+if "services.executor.engine_process" in sys.orig_argv and os.environ["MXGPT_FAULT"] != "halt":
     plant(os.environ["MXGPT_FAULT"], int(os.environ.get("MXGPT_FAULT_ID", "-1")))
