@@ -25,6 +25,7 @@ OK = "OK"  # the reason of a call that ended well
 REQUEST_ID_KEY = "x-request-id"  # metadata between services: the request that a call is made for
 LONG_LIVED = frozenset({"Attach", "DetokenizeStream"})  # open as long as their caller lives: their length says nothing
 STARTS_TRACE = frozenset({"Generate", "LoadModel"})  # others are traced where their caller is
+DEADLINE_SLACK = 0.05  # seconds by which a client's clock, which starts first, ends a call before this one's would
 SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 _current: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -153,5 +154,5 @@ def _reason_of(error: BaseException, context: grpc.aio.ServicerContext) -> str:
         return error.reason.name
     if isinstance(error, asyncio.CancelledError):
         remaining = context.time_remaining()
-        return (Reason.DEADLINE if remaining is not None and remaining <= 0 else Reason.CANCELLED).name
+        return (Reason.DEADLINE if remaining is not None and remaining <= DEADLINE_SLACK else Reason.CANCELLED).name
     return Reason.INTERNAL.name
