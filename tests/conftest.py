@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from services.executor.blas import blas_environment
 os.environ.update(blas_environment(1, os.environ))
 
 from tests.stack import ROOT, Stack, running
+
+# Whatever runs in the background of a shell ignores Ctrl-C, and so would the processes that are started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is up to what else the machine does.
 hypothesis.settings.register_profile("mxgpt", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
