@@ -175,7 +175,7 @@ def running(
         stack.stop()
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for a condition to come true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -226,10 +226,11 @@ def test_health_and_reflection_work_with_keys_and_without(tmp_path: Path, keys: 
 def test_a_limit_is_reached_and_given_back_however_a_call_ends(tmp_path: Path) -> None:
     async def when_free(caller: Caller, request_id: str = "") -> Any:
         """A stream, as soon as the calls that were ended are over at the server, too."""
-        while True:  # the test has a bound
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                return await caller.stream(request_id)
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    return await caller.stream(request_id)
+                await asyncio.sleep(0.01)
 
     async def test(address: str, executor: Executor) -> None:
         bob, bob_again, alice = (Caller(address, token) for token in ("bob-key", "bob-other-key", "alice-key"))

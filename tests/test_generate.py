@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -12,7 +11,7 @@ import pytest
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from tests.calls import Collected, chat, collect, error_of, greedy
-from tests.stack import Stack
+from tests.stack import Stack, until
 
 PROMPTS = [
     "What is 12 + 30?",
@@ -42,13 +41,6 @@ def run(stub: Any, request: Any) -> Collected:
 
 def stopping(**options: Any) -> Any:
     return executor_pb2.Stopping(**options)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 def status(stub: Any) -> Any:
@@ -211,25 +203,25 @@ def test_a_resume_from_every_cut_goes_on_as_if_nothing_had_happened(stub: Any, s
 
 
 def test_a_cancelled_call_leaves_at_once(stub: Any) -> None:
-    wait_until(lambda: status(stub).num_running == 0)  # of calls that were cancelled by other tests
+    until(lambda: status(stub).num_running == 0)  # of calls that were cancelled by other tests
     free_before = [group.num_free for group in status(stub).blocks]
     long = {"stopping": stopping(ignore_eos=True), "sampling": executor_pb2.Sampling(n=4)}
     calls = [stub.Generate(chat(PROMPTS[3], request_id=f"cancel-{number}", **long)) for number in range(4)]
     for call in calls:
         next(iter(call))
-    wait_until(lambda: status(stub).num_running == 16)
+    until(lambda: status(stub).num_running == 16)
     for call in calls[:3]:
         call.cancel()
     stub.Cancel(executor_pb2.CancelRequest(request_id="cancel-3"))
     assert error_of(calls[3]).reason.name == "CANCELLED"
-    wait_until(lambda: status(stub).num_running == 0)
+    until(lambda: status(stub).num_running == 0)
     assert [group.num_free for group in status(stub).blocks] == free_before
 
 
 def test_a_deadline_ends_the_request(stub: Any) -> None:
     request = chat(PROMPTS[3], stopping=stopping(ignore_eos=True))
     assert error_of(stub.Generate(request, timeout=0.3)).reason.name == "DEADLINE"
-    wait_until(lambda: status(stub).num_running == 0)
+    until(lambda: status(stub).num_running == 0)
 
 
 def test_the_prefix_cache_is_told_and_changes_nothing(stub: Any) -> None:

@@ -15,6 +15,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ from services.loader.metrics import loader_metrics
 from services.loader.store import ModelStore
 from shared.config import ServerConfig
 from shared.telemetry import TelemetryConfig
-from tests.calls import chat, collect, error_of, greedy
+from tests.calls import chat, collect, error_of, greedy, uncounted_calls
 from tests.stack import ROOT, Service, Stack, free_ports, running, until
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -152,6 +153,18 @@ def meet_deadline(executor: Service, stub: Any, request: Any) -> None:
         time.sleep(lag)
     finally:
         executor.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "reason"), [(None, "CANCELLED"), (1.0, "CANCELLED"), (0.03, "DEADLINE"), (-0.2, "DEADLINE")]
+)
+def test_what_a_client_gives_up_about_its_deadline_took_too_long(remaining: float | None, reason: str) -> None:
+    calls, reasons = uncounted_calls(), []
+    calls.on_ended = lambda _call, reason, _seconds: reasons.append(reason)
+    context: Any = SimpleNamespace(invocation_metadata=lambda: (), time_remaining=lambda: remaining)
+    with pytest.raises(asyncio.CancelledError), calls.watch("Generate", None, context):
+        raise asyncio.CancelledError
+    assert reasons == [reason]
 
 
 def test_running_streams_and_blocks_are_seen_while_they_run(watched: Stack, stub: Any) -> None:

@@ -24,7 +24,7 @@ from mxgpt.v1 import loader_pb2, loader_pb2_grpc, tokenizer_pb2, tokenizer_pb2_g
 from shared.channel import open_channel
 from shared.config import ClientConfig
 from shared.errors import ServiceError
-from tests.stack import ROOT, free_ports
+from tests.stack import ROOT, free_ports, until
 
 TLS = ROOT / "tests" / "tls"
 MXGPT = [sys.executable, "-m", "mxgpt"]
@@ -91,13 +91,6 @@ def _is_halted(process_id):
     return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def _wait_until(condition, seconds=60.0, pause=0.05):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(pause)
-
-
 @pytest.fixture(scope="module")
 def served():
     server = Served()
@@ -158,7 +151,7 @@ def test_interrupt_frees_the_engine(served):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
-        _wait_until(lambda: client.status().num_running == 0)
+        until(lambda: client.status().num_running == 0)
         assert all(block.num_free == block.num_blocks for block in client.status().blocks)
 
 
@@ -184,13 +177,13 @@ def test_a_killed_tokenizer_and_loader_come_back(served):
     for name in ("tokenizer", "loader"):
         killed = served.children()[name]
         os.kill(killed, signal.SIGKILL)
-        _wait_until(lambda name=name, killed=killed: served.children().get(name, killed) != killed)
+        until(lambda name=name, killed=killed: served.children().get(name, killed) != killed)
 
     def answers():
         code, out, _ = mxgpt("chat", "What is 3 + 4?", "--temperature", "0", "--timeout", "20", server=served.address)
         return (code, out) == (0, "7\n")
 
-    _wait_until(answers)
+    until(answers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -218,7 +211,7 @@ def test_an_interrupt_while_it_starts_is_no_traceback(delay):
     process = subprocess.Popen(
         [*MXGPT, "serve", *ANY_PORTS], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    _wait_until(lambda: _is_halted(process.pid))
+    until(lambda: _is_halted(process.pid))
     process.send_signal(signal.SIGCONT)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
@@ -244,7 +237,7 @@ def test_children_end_with_a_supervisor_that_is_killed():
     assert len(process_ids) == 3
     server.process.kill()
     server.process.communicate()
-    _wait_until(lambda: not _alive(process_ids))
+    until(lambda: not _alive(process_ids))
 
 
 def test_a_killed_executors_stream_goes_on_at_the_other():
@@ -306,7 +299,7 @@ def test_keys_and_certificates_are_wanted_where_they_are_given(tmp_path):
             nameless.list_models()
         killed = server.children()["executor"]
         os.kill(killed, signal.SIGKILL)
-        _wait_until(lambda: server.children().get("executor", killed) != killed)
+        until(lambda: server.children().get("executor", killed) != killed)
         with Client(target, token="alices-key", retry=RetryPolicy(100), **trust) as client:
             assert client.complete("x", max_tokens=2).outputs, "started again, with the same door"
     finally:

@@ -92,7 +92,7 @@ def test_a_stream_is_cancelled_at_once_whether_it_is_read_or_not(stack: Stack) -
         time.sleep(0.5)  # what connections hold is full, and a write waits
         stub = stub_of(channel)
         stub.Cancel(executor_pb2.CancelRequest(request_id="unread"), timeout=10)
-        until(lambda: is_idle(stub))  # a stall would take 60 s to show
+        until(lambda: is_idle(stub), 30)  # a stall would take 60 s to show
         assert num_output_tokens(stub) - num_before < 4 * 1900
         call.cancel()
 

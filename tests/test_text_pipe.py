@@ -13,6 +13,7 @@ from services.executor.text_pipe import TextOptions, TextPipe
 from services.executor.tokenizer_client import MAX_BEGUN_IDS, Vocabulary
 from shared.config import MAX_MESSAGE_BYTES
 from shared.errors import Reason, ServiceError
+from tests.loader_harness import until
 
 PLAIN = TextOptions((1,), (), 0, harmony=False, special_tokens=False)
 
@@ -114,12 +115,6 @@ def with_pipe(tokenizer: Tokenizer, test: Callable[[TextPipe], Awaitable[None]],
         await server.stop(0)
 
     asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_a_tokenizer_that_stops_answering_is_given_up() -> None:

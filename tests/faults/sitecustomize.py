@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 
+ENGINE_FAULTS = ("raise", "break", "memory", "slow")
 SLOW_SECONDS = 0.05  # of a step
 SLOW_LOAD_SECONDS = 0.5  # of a tensor
 
@@ -64,9 +65,10 @@ def plant_halt() -> None:
     signal.signal = halting
 
 
-if "mxgpt" in sys.orig_argv and os.environ["MXGPT_FAULT"] == "halt":
+FAULT = os.environ.get("MXGPT_FAULT")
+if FAULT == "halt" and "mxgpt" in sys.orig_argv:
     plant_halt()
-if "services.loader" in sys.orig_argv and os.environ["MXGPT_FAULT"] == "slow load":
+elif FAULT == "slow load" and "services.loader" in sys.orig_argv:
     plant_slow_load()
-if "services.executor.engine_process" in sys.orig_argv and os.environ["MXGPT_FAULT"] != "halt":
-    plant(os.environ["MXGPT_FAULT"], int(os.environ.get("MXGPT_FAULT_ID", "-1")))
+elif FAULT in ENGINE_FAULTS and "services.executor.engine_process" in sys.orig_argv:
+    plant(FAULT, int(os.environ.get("MXGPT_FAULT_ID", "-1")))
