@@ -14,6 +14,7 @@ from services.executor.cuda.arrays import Epilogue
 from services.executor.cuda.kernels import modules_of
 from services.executor.cuda.kv import KVLayer, Shape, lay_out
 from services.executor.cuda.ops import CudaOps, item_tokens, wide_tokens
+from services.executor.cuda.tiles import choose_split
 from services.executor.cuda.weights import CudaWeights
 from services.executor.cuda.workspace import Workspace
 from services.executor.models import MODELS
@@ -87,6 +88,16 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
             assert max(grid[1:]) <= 65535, what
             assert threads in range(8, 1025), what
             assert shared_bytes + 1024 <= device.max_shared_bytes, what
+            if name.startswith("product_split"):
+                assert grid[0] % int(name.split("_")[2]) == 0, what  # whole clusters
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "blocks"),
+    [(5120, 2880, 3), (2880, 4096, 5), (768, 768, 8), (768, 192, 3), (768, 64, 1), (8448, 2880, 2), (8465, 2880, 1)],
+)
+def test_blocks_that_share_a_tile_each_have_columns_and_a_multiprocessor(outputs, inputs, blocks):
+    assert choose_split(-(-outputs // 16), -(-inputs // 64), 132) == blocks
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))

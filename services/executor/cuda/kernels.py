@@ -24,6 +24,9 @@ EPILOGUES = ("store", "residual", "gelu", "swiglu")
 FEW_TYPES = "PPPPPPPPPPiiiiiiiiif"
 ROWS_TYPES = "PPPPPPPPPiiiiiiiii"
 TILED_TYPES = "PPPPPPPPPiiiiiii"
+SPLIT_TYPES = "PPPPPPiiiiiii"
+SPLITS = (2, 3, 4, 5, 6, 8)  # blocks of a cluster of product_split.cu
+SPLIT_STAGES = 8  # most of them, past which nothing is gained
 WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
 ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
 ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
@@ -97,6 +100,14 @@ def wgmma_stages(family: Family) -> tuple[int, int]:
     return num_stages, num_stages * stage + 1024
 
 
+def split_stages(family: Family) -> tuple[int, int]:
+    """The same of product_split.cu, with the sums that a cluster's blocks exchange."""
+    stage = 64 * 64 * 2 + 8 * strip_tile_bytes(family) + 16
+    sums = 64 * 128 * 4
+    num_stages = min(SPLIT_STAGES, (WGMMA_SHARED - 1024 - sums) // stage)
+    return num_stages, num_stages * stage + sums + 1024
+
+
 def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
     """The products of one family, and its embedding; names end in the family's."""
     constants, suffix = (("FAMILY", int(family)),), family.name
@@ -109,6 +120,9 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
         Module("product_wgmma", (*constants, ("NUM_STAGES", wgmma_stages(family)[0]))): [
             (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", TILED_TYPES + "ii")
             for strips in wgmma_strips(family)
+        ],
+        Module("product_split", (*constants, ("NUM_STAGES", split_stages(family)[0]))): [
+            (f"product_split_{blocks}_{suffix}", f"product_split_{blocks}", SPLIT_TYPES) for blocks in SPLITS
         ],
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }

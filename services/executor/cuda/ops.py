@@ -28,6 +28,7 @@ from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
 from services.executor.cuda.products import (
     FEW_ROWS,
     HOPPER_GROUPED_ROWS,
+    HOPPER_SMALL_ROWS,
     MANY_ROWS,
     TILED_ROWS,
     Products,
@@ -145,7 +146,7 @@ class CudaOps:
 
     def attention(self, queries: int | Unplaced, kv: KVLayer, step: CudaStep, sinks: Vector | None = None) -> Halves:
         config, shape = self._config, step.shape
-        is_spread = self._is_hopper and shape.num_rows > MANY_ROWS
+        is_spread = self._is_hopper and shape.num_rows > HOPPER_SMALL_ROWS
         heads = Halves(self._workspace.heads, shape.num_rows, config.query_size, is_spread)
         if isinstance(queries, Unplaced):
             self._attend_decoding(queries, kv, step, sinks, heads)

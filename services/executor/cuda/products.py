@@ -1,7 +1,8 @@
 """Products on a GPU: which kernel runs one, by its rows and its matrix, and how it is launched.
 
-By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_wgmma.cu on a Hopper,
-product_tiled.cu elsewhere). Experts' rows are in groups of one expert, and the group's rows decide.
+By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_tiled.cu). On a Hopper up
+to 16 (product_rows.cu), up to 64 with few outputs (product_split.cu), more (product_wgmma.cu). Experts' rows are in
+groups of one expert, and the group's rows decide.
 """
 
 from __future__ import annotations
@@ -9,8 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from services.executor.cuda.arrays import Epilogue, ExpertSum, Floats, Halves, Normed, Product, Routing
-from services.executor.cuda.kernels import EXACT, ONE_DEPTH, ONE_WARPS, PRODUCT_TILES, wgmma_stages, wgmma_strips
-from services.executor.cuda.tiles import choose_tile
+from services.executor.cuda.kernels import (
+    EXACT,
+    ONE_DEPTH,
+    ONE_WARPS,
+    PRODUCT_TILES,
+    split_stages,
+    wgmma_stages,
+    wgmma_strips,
+)
+from services.executor.cuda.tiles import STRIP_GROUP, choose_split, choose_tile
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
 from services.executor.cuda.workspace import Workspace
 from shared.cuda_layout import TILE_COLUMNS, Family
@@ -33,7 +42,8 @@ NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
 MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
-MANY_STRIP_ROWS = 16  # up to here product_rows.cu is the better one on Hopper even for a matrix of many strips
+HOPPER_SMALL_ROWS = 16  # the same on Hopper, where the others are better
+SPLIT_ROWS = 64  # most that product_split.cu takes at once
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
 
@@ -161,10 +171,20 @@ class Products:
         if x.num_rows <= FEW_ROWS and not is_spread and self._takes_few(family, x.num_rows, matrix):
             self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
             return
-        x = self.halves(x, x.num_rows > SMALL_ROWS or (x.num_rows > MANY_STRIP_ROWS and strips >= WHOLE_STRIPS))
+        x = self.halves(x, x.num_rows > HOPPER_SMALL_ROWS)
         addresses = (*planes, x.address, address, 0, 0)
         numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
-        if x.is_spread:
+        split = choose_split(strips, matrix.num_column_tiles, self._device.num_multiprocessors)
+        is_few = x.num_rows <= SPLIT_ROWS and split > 1 and epilogue in (Epilogue.STORE, Epilogue.RESIDUAL)
+        if x.is_spread and is_few:
+            self._device.launch(
+                f"product_split_{split}_{family.name}",
+                (split * -(-strips // STRIP_GROUP), 1, 1),
+                384,
+                *(*planes[:4], x.address, address, *numbers),
+                shared_bytes=split_stages(family)[1],
+            )
+        elif x.is_spread:
             self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)

@@ -1,11 +1,11 @@
-"""How product_wgmma.cu cuts a product into tiles, so that a GPU's multiprocessors are all busy."""
+"""How products on Hopper are cut into tiles and shares, so that a GPU's multiprocessors are all busy."""
 
 from __future__ import annotations
 
-from services.executor.cuda.kernels import strip_tile_bytes, wgmma_strips
+from services.executor.cuda.kernels import SPLITS, strip_tile_bytes, wgmma_strips
 from shared.cuda_layout import Family
 
-TILE_ROWS = (32, 64, 96, 128)  # of x, that a tile can have
+TILE_ROWS = (32, 64, 96, 128)  # of x, that a tile of product_wgmma.cu can have
 STRIP_GROUP = 8  # warps that multiply; each takes one or two strips
 ROUND_BYTES = 20.0  # that the second cache gives a multiprocessor in a cycle
 START = 4096.0  # cycles of a tile beside its columns: until the first comes, and for its sums to be stored
@@ -18,7 +18,7 @@ def choose_tile(
     family: Family,
     num_multiprocessors: int,
 ) -> tuple[int, int]:
-    """The strips of a warp and the rows of a tile that are reckoned to take the least time."""
+    """The strips of a warp and the rows of a tile that product_wgmma.cu is reckoned to take the least time with."""
     tile_bytes = strip_tile_bytes(family)
 
     def cycles(choice: tuple[int, int]) -> float:
@@ -31,3 +31,9 @@ def choose_tile(
         return rounds * (column_tiles * max(multiply, fetch) + START)
 
     return min(((strips, rows) for strips in wgmma_strips(family) for rows in TILE_ROWS), key=cycles)
+
+
+def choose_split(num_strips: int, column_tiles: int, num_multiprocessors: int) -> int:
+    """The blocks that share a tile of product_split.cu, each with a multiprocessor of its own; 1: nothing is shared."""
+    most = min(column_tiles, num_multiprocessors // -(-num_strips // STRIP_GROUP))
+    return max((blocks for blocks in SPLITS if blocks <= most), default=1)

@@ -30,6 +30,8 @@ __device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(is_added));                         \
     }
 
+WGMMA(32, 32, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(64, 32, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
 WGMMA(32, 64, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
 WGMMA(64, 64, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
 WGMMA(72, 36, WGMMA_N36, "%36, %37, %38, %39", "%40", "%41", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D4(32))
@@ -85,6 +87,43 @@ __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity)
             : "r"(barrier), "r"(parity)
             : "memory");
     } while (!is_over);
+}
+
+// A cluster's blocks: how many, and which one this is.
+__device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of the cluster have come here, and what they wrote to shared memory is seen.
+__device__ __forceinline__ void await_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What lies at `address` of another block's shared memory.
+__device__ __forceinline__ float4 read_cluster(uint32_t address, int block) {
+    float4 value;
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+        : "r"(address), "r"(block)
+        : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void write_shared(uint32_t address, float4 value) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
 }
 
 // Registers of each thread of the warpgroup, from here on.

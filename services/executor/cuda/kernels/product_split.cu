@@ -1,0 +1,152 @@
+// Products of up to 64 rows on Hopper with a matrix too small for a block to each of its tiles: out = x @ matrix + bias,
+// stored or added.
+//
+// A cluster of blocks takes a tile of 128 outputs, each block a share of the columns. In a block four warps copy x and
+// the matrix to shared memory and two groups of four multiply (wgmma_tiles.cuh); the first stages' weights are on their
+// way before the kernel before this one ends. The blocks then add up their sums over the cluster's shared memory, each
+// for a share of the rows, in the blocks' order.
+// Weights round as wgmma_tiles.cuh says. Sums are in float; a row's do not depend on other rows or their number.
+// Launch: grid (tiles * blocks of a cluster), at least a column tile for each block; 384 threads, dynamic shared memory
+// for NUM_STAGES (a -D) and the sums; sm_90a. x is spread.
+// Moves: the matrix once, x once for each 128 outputs.
+#include "epilogue.cuh"
+#include "weights.cuh"
+
+constexpr int NUM_THREADS = 384;
+
+struct Product {
+    Planes planes;
+    Output out;
+    const __half* x;  // (rows, x_pitch)
+    int x_pitch, num_rows, column_tiles, num_strips;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int MAX_ROWS = 64;
+constexpr int MAX_STRIPS = 1;  // of a warp
+constexpr int STRIPS = 8;      // of a tile
+#include "wgmma_tiles.cuh"
+
+constexpr int SUMS_BYTES = MAX_ROWS / 8 * (NUM_THREADS - NUM_COPIERS) * 16;
+
+// The columns of a block's share of a tile, in tiles of 64, and the strips.
+struct Work {
+    int first, last, first_strip;
+};
+
+__device__ __forceinline__ void copy_share(const Product& product, const Work& work, Ring& ring) {
+    const int num_strips = product.num_strips - work.first_strip, num_stages = work.last - work.first;
+    const size_t index = static_cast<size_t>(work.first_strip) * product.column_tiles + work.first;
+    const auto copy = [&](int stage, int column_tile) {
+        copy_weights<1>(product.planes, ring.weights + stage * STAGE_BYTES, index + column_tile, num_strips,
+                        product.column_tiles);
+    };
+    for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
+    await_inputs();
+    start_dependents();
+    const RowCopies rows(nullptr, product.x_pitch, 0, product.num_rows);
+    for (int done = 0; done < num_stages; done++) {
+        if (done >= NUM_STAGES) {
+            await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
+            copy(ring.stage, done);
+        }
+        rows.start(ring.x + ring.stage * X_BYTES, product.x + (work.first + done) * 64);
+        arrive_with_copies(ring.full + ring.stage * 8);
+        ring.advance();
+    }
+}
+
+// The share's sums, which go to `sums` in shared memory: (MAX_ROWS / 8, threads that multiply, 4) floats.
+__device__ __forceinline__ void multiply_share(const Product& product, const Work& work, Ring& ring, uint32_t sums) {
+    const int lane = threadIdx.x % 32, thread = threadIdx.x - NUM_COPIERS, strip = thread / 32;
+    int largest[1][2] = {};
+    if (FAMILY == 0) {
+        const size_t row = min(work.first_strip + strip, product.num_strips - 1);
+        find_largest(product.planes, row * product.column_tiles + work.first, work.last - work.first, lane, largest[0]);
+    }
+    await_inputs();
+    start_dependents();
+    float own[1][MAX_ROWS / 2];
+    multiply_stages<1>(ring, strip, work.last - work.first, product.num_rows, largest, own);
+    const float low = factor_of(largest[0][0]), high = factor_of(largest[0][1]);
+#pragma unroll
+    for (int j = 0; j < MAX_ROWS / 8; j++)
+        if (8 * j < product.num_rows)
+            write_shared(sums + (j * (NUM_THREADS - NUM_COPIERS) + thread) * 16,
+                         make_float4(own[0][4 * j] * low, own[0][4 * j + 1] * low, own[0][4 * j + 2] * high,
+                                     own[0][4 * j + 3] * high));
+}
+
+// The cluster's sums of this block's share of the rows.
+__device__ __forceinline__ void store_share(const Product& product, const Work& work, uint32_t sums) {
+    const int num_blocks = cluster_size(), rank = cluster_rank(), eights = (product.num_rows + 7) / 8;
+    const int thread = threadIdx.x - NUM_COPIERS, g = thread % 32 / 4, t = thread % 4;
+    const int strip = work.first_strip + thread / 32;
+    if (strip >= product.num_strips) return;
+    for (int j = eights * rank / num_blocks; j < eights * (rank + 1) / num_blocks; j++) {
+        const uint32_t place = sums + (j * (NUM_THREADS - NUM_COPIERS) + thread) * 16;
+        float4 sum = {};
+        for (int block = 0; block < num_blocks; block++) {
+            const float4 share = read_cluster(place, block);
+            sum.x += share.x, sum.y += share.y, sum.z += share.z, sum.w += share.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = 8 * j + 2 * t + i;
+            const float low = i ? sum.y : sum.x, high = i ? sum.w : sum.z;
+            if (row >= product.num_rows) break;
+            if (product.out.epilogue == RESIDUAL)
+                finish<RESIDUAL>(product.out, 0, strip, g, row, low, high);
+            else
+                finish<STORE>(product.out, 0, strip, g, row, low, high);
+        }
+    }
+}
+
+__device__ __forceinline__ void run(const Product& product) {
+    extern __shared__ char memory[];
+    const uint32_t sums = (shared_address(memory) + 1023) & ~1023u;
+    Ring ring(sums + SUMS_BYTES);
+    if (threadIdx.x == 0) ring.make_barriers();
+    show_to_products();
+    __syncthreads();
+    const int num_blocks = cluster_size(), rank = cluster_rank();
+    const Work work = {product.column_tiles * rank / num_blocks, product.column_tiles * (rank + 1) / num_blocks,
+                       static_cast<int>(blockIdx.x) / num_blocks * STRIPS};
+    if (threadIdx.x < NUM_COPIERS)
+        copy_share(product, work, ring);
+    else
+        multiply_share(product, work, ring, sums);
+    await_cluster();
+    if (threadIdx.x >= NUM_COPIERS) store_share(product, work, sums);
+    await_cluster();  // no block leaves while another reads its sums
+}
+
+#else
+
+__device__ __forceinline__ void run(const Product& product) {
+    __trap();  // other architectures take product_rows.cu
+}
+
+#endif
+
+#define PRODUCT(BLOCKS)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
+        const char* quants, const char* scales, const char* minima, const float* bias, const __half* x, void* values, \
+        int x_pitch, int pitch, int num_rows, int num_outputs, int column_tiles, int epilogue, int num_strips) {      \
+        run({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, x, x_pitch, num_rows,   \
+             column_tiles, num_strips});                                                                              \
+    }
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+#else
+#define CLUSTER(BLOCKS)  // there are none
+#endif
+
+PRODUCT(2)
+PRODUCT(3)
+PRODUCT(4)
+PRODUCT(5)
+PRODUCT(6)
+PRODUCT(8)

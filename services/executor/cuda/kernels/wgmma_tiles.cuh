@@ -1,0 +1,274 @@
+// Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
+//
+// NUM_COPIERS threads fill a stage of 64 columns; the others, two groups of four warps, each multiply their half of its
+// outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share of a tile of cuda.v1 is
+// its share of wgmma's a, decoded and scaled while the products before run. x is the operand in shared memory, spread
+// (spread.cuh).
+//
+// Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
+// row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
+//
+// What includes this says before: NUM_THREADS of a block, MAX_ROWS of a stage and MAX_STRIPS, the most of a warp;
+// NUM_STAGES is a -D.
+#pragma once
+
+#include "weights.cuh"
+#include "wgmma.cuh"
+
+constexpr int NUM_COPIERS = 128;  // threads; the others multiply
+constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
+constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
+constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
+constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
+constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
+constexpr int SCALES_AT = 8 * MAX_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + 8 * MAX_STRIPS * TILE_SCALES;
+constexpr int STAGE_BYTES = MINIMA_AT + 8 * MAX_STRIPS * TILE_MINIMA;  // of weights
+
+// Where the stages and their barriers lie in shared memory.
+struct Ring {
+    uint32_t x, weights, full, empty;
+    int stage = 0;
+    uint32_t phase = 0;
+
+    // From `memory` on, a multiple of 1024.
+    __device__ __forceinline__ explicit Ring(uint32_t memory) : x(memory) {
+        asm volatile("" : "+r"(x));  // kept, not reckoned again
+        weights = x + NUM_STAGES * X_BYTES;
+        full = weights + NUM_STAGES * STAGE_BYTES;
+        empty = full + NUM_STAGES * 8;
+    }
+
+    // One thread of the block makes them.
+    __device__ __forceinline__ void make_barriers() const {
+        for (int stage = 0; stage < NUM_STAGES; stage++) {
+            make_barrier(full + stage * 8, NUM_COPIERS);
+            make_barrier(empty + stage * 8, (NUM_THREADS - NUM_COPIERS) / 32);
+        }
+    }
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == NUM_STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+// A stage's weights in one plane, SIZE bytes of each strip, whose bytes of all column tiles are `pitch`.
+template <int STRIPS, int SIZE>
+__device__ __forceinline__ void copy_plane(uint32_t target, const char* source, int num_strips, int pitch) {
+    constexpr int TOTAL = 8 * STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
+    static_assert(PASS % SIZE == 0 || SIZE % PASS == 0, "a pass is some strips or a part of one");
+    int strip = threadIdx.x * 16 / SIZE;
+    const char* piece = source + strip * pitch + threadIdx.x * 16 % SIZE;
+#pragma unroll
+    for (int byte = 0; byte < TOTAL; byte += PASS) {
+        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips) copy_async<16>(target + byte + threadIdx.x * 16, piece);
+        if (SIZE > PASS && (byte + PASS) % SIZE != 0) {
+            piece += PASS;
+        } else {
+            strip += SIZE > PASS ? 1 : PASS / SIZE;
+            piece += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
+        }
+    }
+}
+
+// A stage's weights, tile `index` of the planes the first strip's.
+template <int STRIPS>
+__device__ __forceinline__ void copy_weights(const Planes& planes, uint32_t weights, size_t index, int num_strips,
+                                             int column_tiles) {
+    copy_plane<STRIPS, TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips, column_tiles * TILE_CODES);
+#if FAMILY <= 3
+    copy_plane<STRIPS, TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
+                                    column_tiles * TILE_SCALES);
+#endif
+#if FAMILY == 2
+    copy_plane<STRIPS, TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
+                                    column_tiles * TILE_MINIMA);
+#endif
+}
+
+// Where a copying thread's share of x comes from, 16 bytes of every STEP-th row, and where in a stage it goes.
+struct RowCopies {
+    static constexpr int STEP = NUM_COPIERS / 8, NUM_STEPS = MAX_ROWS / STEP;
+    uint32_t offsets[NUM_STEPS], place;
+    int first, count;
+
+    __device__ __forceinline__ RowCopies(const int* row_ids, int x_pitch, int start, int count)
+        : first(threadIdx.x / 8), count(count) {
+        const int piece = threadIdx.x % 8;
+#pragma unroll
+        for (int i = 0; i < NUM_STEPS; i++) {
+            const int row = start + min(STEP * i + first, count - 1);
+            offsets[i] = (row_ids == nullptr ? row : row_ids[row]) * x_pitch + piece * 8;
+        }
+        place = first * ROW_BYTES + (piece ^ first % 8) * 16;  // STEP is a multiple of eight
+    }
+
+    __device__ __forceinline__ void start(uint32_t stage, const __half* source) const {
+#pragma unroll
+        for (int i = 0; i < NUM_STEPS; i++)
+            if (STEP * i + first < count) copy_async<16>(stage + place + i * STEP * ROW_BYTES, source + offsets[i]);
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ T read_shared(uint32_t address);
+template <>
+__device__ __forceinline__ uint32_t read_shared<uint32_t>(uint32_t address) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+}
+template <>
+__device__ __forceinline__ uint2 read_shared<uint2>(uint32_t address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+    return value;
+}
+template <>
+__device__ __forceinline__ uint4 read_shared<uint4>(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    return value;
+}
+
+// load_tile, from strip `strip` of the weights of a stage.
+__device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int strip, int lane) {
+#pragma unroll
+    for (int i = 0; i < NUM_LOADS; i++)
+        tile.codes[i] = read_shared<uint4>(weights + strip * TILE_CODES + i * 512 + lane * 16);
+#if FAMILY <= 3
+    const uint32_t scales = weights + SCALES_AT + strip * TILE_SCALES;
+#endif
+#if FAMILY == 0
+    tile.scales = read_shared<uint32_t>(scales + lane / 4 * 4);
+#elif FAMILY == 1
+    tile.scales = read_shared<uint2>(scales + lane / 4 * 8);
+#elif FAMILY == 2
+    tile.scales = read_shared<uint4>(scales + lane / 4 * 16);
+    tile.minima = read_shared<uint4>(weights + MINIMA_AT + strip * TILE_MINIMA + lane / 4 * 16);
+#elif FAMILY == 3
+    tile.scales = read_shared<uint4>(scales + lane % 4 / 2 * 128 + lane / 4 * 16);
+#endif
+}
+
+// The largest exponents of rows g and g + 8 of a strip.
+__device__ __forceinline__ void find_largest(const Planes& planes, size_t first_tile, int column_tiles, int lane,
+                                             int (&largest)[2]) {
+    uint32_t low = 0, high = 0;
+#pragma unroll 8
+    for (int tile = lane % 4; tile < column_tiles; tile += 4) {
+        const uint32_t scales = load_weight4(planes.scales + (first_tile + tile) * 32 + lane / 4 * 4);
+        low = __vmaxu2(low, scales & 0x00FF00FFu);
+        high = __vmaxu2(high, scales >> 8 & 0x00FF00FFu);
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+        low = __vmaxu2(low, __shfl_xor_sync(0xffffffffu, low, distance));
+        high = __vmaxu2(high, __shfl_xor_sync(0xffffffffu, high, distance));
+    }
+    largest[0] = max(low & 0xFFFF, low >> 16);
+    largest[1] = max(high & 0xFFFF, high >> 16);
+}
+
+// The lane's values of block `block` as two of wgmma's a, scales multiplied in.
+__device__ __forceinline__ void decode_scaled(const Tile& tile, int block, const int (&largest)[2],
+                                              uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) {
+        uint32_t pairs[4];
+        decode(tile, block, upper, pairs);
+        if (IS_SCALED) {
+#if FAMILY == 0
+            // Decoded codes are 2^-14 of their values: the largest block's become twice their values.
+            const int exponent = tile.scales >> (8 * (2 * block + upper)) & 0xFF;
+            const uint32_t scale = max(exponent - largest[upper] + 30, 0) * (0x10001u << 10);
+#elif FAMILY == 1
+            const uint32_t scale = __byte_perm(block == 0 ? tile.scales.x : tile.scales.y, 0, upper ? 0x3232 : 0x1010);
+#else
+            const uint32_t scale = 0;
+#endif
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const __half2 value = __hmul2(*reinterpret_cast<const __half2*>(&pairs[i]),
+                                              *reinterpret_cast<const __half2*>(&scale));
+                pairs[i] = *reinterpret_cast<const uint32_t*>(&value);
+            }
+        }
+        a[0][upper] = pairs[0], a[0][upper + 2] = pairs[1];
+        a[1][upper] = pairs[2], a[1][upper + 2] = pairs[3];
+    }
+}
+
+// What the sums of a row are multiplied with.
+__device__ __forceinline__ float factor_of(int largest) {
+#if FAMILY == 0
+    return __uint_as_float(largest < 2 ? 0x00200000u << largest : (largest - 1u) << 23);
+#else
+    return 1.0f;
+#endif
+}
+
+// The products of a block of 32 columns, for ROWS rows.
+template <int STRIPS, int ROWS>
+__device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 2], const uint32_t (&a)[STRIPS][2][4],
+                                               uint64_t b, int is_added) {
+    before_products();
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) start_product<ROWS>(sums[s], a[s][step], b + step * 2, is_added + step);
+    commit_products();
+}
+
+// The same for as few rows of those that products come in as hold `count`.
+template <int STRIPS>
+__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][MAX_ROWS / 2], const uint32_t (&a)[STRIPS][2][4],
+                                           uint64_t b, int is_added, int count) {
+    if constexpr (MAX_ROWS > 64) {
+        if (count > 96) return start_products<STRIPS, 128>(sums, a, b, is_added);
+        if (count > 64) return start_products<STRIPS, 96>(sums, a, b, is_added);
+    }
+    if (count > 32) return start_products<STRIPS, 64>(sums, a, b, is_added);
+    start_products<STRIPS, 32>(sums, a, b, is_added);
+}
+
+// The products of the next `num_stages` stages: of `count` rows and STRIPS strips, every fourth from `first` on of a stage.
+template <int STRIPS>
+__device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count,
+                                                const int (&largest)[STRIPS][2], float (&sums)[STRIPS][MAX_ROWS / 2]) {
+    const int lane = threadIdx.x % 32;
+    Tile tiles[STRIPS];
+    uint32_t a[2][STRIPS][2][4];
+    const auto begin_stage = [&] {
+        await_barrier(ring.full + ring.stage * 8, ring.phase);
+        show_to_products();
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 0, largest[s], a[0][s]);
+    };
+    begin_stage();
+    int last_stage = -1;
+    for (int done = 0; done < num_stages; done++) {
+        const uint64_t b = operand(ring.x + ring.stage * X_BYTES);
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            start_rows<STRIPS>(sums, a[block], b + block * 4, done + block, count);
+            // The products before these are done; while these run, the next ones' weights are decoded.
+            await_products<1>();
+            if (block == 0) {
+                if (last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 1, largest[s], a[1][s]);
+                last_stage = ring.stage;
+                ring.advance();
+            } else if (done + 1 < num_stages) {
+                begin_stage();
+            }
+        }
+    }
+    await_products<0>();
+    if (lane == 0) arrive(ring.empty + last_stage * 8);
+}
