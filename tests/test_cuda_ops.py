@@ -62,7 +62,7 @@ def skip_unless_hopper(device):
 def product_bound(x, weights, type, is_spread=False):
     """How far a product may be off: additions in float, and for types that are not exact in half their rounding.
 
-    product_wgmma.cu, to which spread rows go, rounds INT8's weights too, once their scales are multiplied in.
+    wgmma_tiles.cuh, to which spread rows go, rounds INT8's weights too, once their scales are multiplied in.
     """
     sums = np.abs(x) @ np.abs(weights).T
     family = FAMILIES[type].name

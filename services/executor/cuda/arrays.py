@@ -35,7 +35,7 @@ class Halves:
     address: int
     num_rows: int
     width: int
-    is_spread: bool = False  # columns in the order that product_wgmma.cu reads (spread.cuh)
+    is_spread: bool = False  # columns in the order that wgmma_tiles.cuh reads (spread.cuh)
 
     @property
     def pitch(self) -> int:

@@ -70,7 +70,7 @@ class Products:
 
     def __init__(self, device: Device, config: GPTConfig, workspace: Workspace) -> None:
         self._device, self._config, self._workspace = device, config, workspace
-        self._is_hopper = device.capability == (9, 0)  # where product_wgmma.cu takes the products of many rows
+        self._is_hopper = device.capability == (9, 0)  # where wgmma_tiles.cuh multiplies
 
     def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
         """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""

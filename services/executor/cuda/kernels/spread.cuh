@@ -1,4 +1,4 @@
-// The order of columns in which product_wgmma.cu reads rows of x: "spread".
+// The order of columns in which wgmma_tiles.cuh reads rows of x: "spread".
 //
 // Of each 32 columns, 16 words of two, word 4 t + i lies in place 4 i + t. A lane of tensor cores that holds columns 8 t
 // to 8 t + 7 of a matrix then finds their partners where the inner index of its operands wants them.
