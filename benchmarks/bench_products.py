@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import product_modules, wgmma_stages, wgmma_strips
+from services.executor.cuda.kernels import BOX_ROWS, ROWS, ROWS_ENTRIES, product_modules, wgmma_stages, wgmma_strips
 from shared.cuda_layout import TILES, Family
 
 NUM_EXPERTS, NUM_USED, HIDDEN, GROUP_ROWS = 32, 4, 2880, 128
@@ -70,28 +70,31 @@ class Problem:
         random = np.random.default_rng(num_tokens)
         self.device, self.weights, self.epilogue = device, weights, epilogue
         self.pitch_in = weights.column_tiles * 64
-        self.is_grouped, gathers = is_grouped, is_grouped and epilogue == SWIGLU
+        self.is_grouped, self.gathers = is_grouped, is_grouped and epilogue == SWIGLU
         self.num_rows = num_tokens * (NUM_USED if is_grouped else 1)
-        num_inputs_rows = num_tokens if gathers or not is_grouped else self.num_rows
+        num_inputs_rows = num_tokens if self.gathers or not is_grouped else self.num_rows
         self.x = np.zeros((num_inputs_rows, self.pitch_in), np.float16)
         self.x[:, : weights.num_inputs] = random.standard_normal((num_inputs_rows, weights.num_inputs))
         self.outputs = weights.num_strips * (8 if epilogue == SWIGLU else 16)
         self.item = np.dtype(np.float16 if epilogue == SWIGLU else np.float32)
         self.groups, self.row_ids = np.zeros((0, 4), np.int32), np.arange(self.num_rows, dtype=np.int32)
         if is_grouped:
-            self._route(random, num_tokens, gathers)
+            self._route(random, num_tokens)
         spread_x = self.x.reshape(len(self.x), -1, 4, 4, 2).swapaxes(2, 3)  # as spread.cuh says
         sources = (self.x, spread_x.reshape(self.x.shape), self.row_ids, self.groups)
-        self.addresses = [device.allocate(part.nbytes) for part in sources]
+        self.addresses = [device.allocate(part.nbytes) if part.size else 0 for part in sources]
         for address, part in zip(self.addresses, sources, strict=True):
-            device.upload(address, part)
+            if part.size:
+                device.upload(address, part)
+        self.gathered = device.allocate(2 * self.num_rows * self.pitch_in) if self.gathers else 0
+        self.map = device.map_halves(self.gathered or self.addresses[1], self.num_rows, self.pitch_in, BOX_ROWS)
         self.out = device.allocate(self.num_rows * self.outputs * self.item.itemsize)
         device.synchronize()
 
-    def _route(self, random: np.random.Generator, num_tokens: int, gathers: bool) -> None:
+    def _route(self, random: np.random.Generator, num_tokens: int) -> None:
         experts = np.argsort(random.random((num_tokens, NUM_EXPERTS)), axis=1)[:, :NUM_USED].reshape(-1)
         order = np.argsort(experts, kind="stable").astype(np.int32)
-        if gathers:
+        if self.gathers:
             self.row_ids = order // NUM_USED
         groups, start = [], 0
         for expert, count in enumerate(np.bincount(experts, minlength=NUM_EXPERTS).tolist()):
@@ -103,14 +106,12 @@ class Problem:
         groups += [(0, 0, 0, 0)] * (min(self.num_rows, NUM_EXPERTS + self.num_rows // GROUP_ROWS) - len(groups))
         self.groups = np.array(groups, np.int32)
 
-    def arguments(self, is_spread: bool) -> tuple[int, ...]:
-        quants, scales, bias = self.weights.addresses
-        x, row_ids, groups = self.addresses[is_spread], *self.addresses[2:]
-        routed = (row_ids if len(self.x) < self.num_rows else 0, groups) if self.is_grouped else (0, 0)
-        addresses = (quants, scales, 0, bias, bias, x, self.out, *routed)
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Pitch of what is written, rows, outputs, column tiles, epilogue, strips."""
         return (
-            *addresses,
-            *(self.pitch_in, self.outputs, self.num_rows, self.outputs, self.weights.column_tiles, self.epilogue),
+            *(self.outputs, self.num_rows, self.outputs),
+            *(self.weights.column_tiles, self.epilogue, self.weights.num_strips),
         )
 
     @property
@@ -118,20 +119,30 @@ class Problem:
         return 2e-12 * self.num_rows * self.weights.num_strips * 16 * self.weights.num_inputs
 
     def run_tiled(self) -> None:
-        strips = self.weights.num_strips
+        quants, scales, bias = self.weights.addresses
+        x, _, row_ids, groups = self.addresses
+        addresses = (quants, scales, 0, bias, bias, x, self.out, row_ids if self.gathers else 0, groups)
         tiles = len(self.groups) if self.is_grouped else -(-self.num_rows // 128)
-        grid = (-(-strips // 8), tiles, 1)
-        self.device.launch(f"product_tiled_{self.weights.family.name}", grid, 256, *self.arguments(False), strips)
+        grid = (-(-self.weights.num_strips // 8), tiles, 1)
+        name = f"product_tiled_{self.weights.family.name}"
+        self.device.launch(name, grid, 256, *addresses, self.pitch_in, *self.numbers)
 
-    def run_wgmma(self, strips_per_warp: int, tile_rows: int, suffix: str = "") -> None:
-        strips = self.weights.num_strips
+    def run_wgmma(self, strips_per_warp: int, tile_rows: int) -> None:
+        """With what gathers its rows of x, if they are not those of the tokens."""
+        quants, scales, bias = self.weights.addresses
+        _, x, row_ids, groups = self.addresses
+        if self.gathers:
+            pieces = self.pitch_in // 8
+            self.device.launch("gather_halves", (self.num_rows, 1, 1), 256, x, row_ids, self.gathered, pieces)
         rows = len(self.groups) if self.is_grouped else -(-self.num_rows // tile_rows)
-        tiles = rows * -(-strips // (8 * strips_per_warp))
-        name = f"product_wgmma_{strips_per_warp}_{self.weights.family.name}{suffix}"
-        grid = (min(tiles, self.device.num_multiprocessors), 1, 1)
-        shared_bytes = wgmma_stages(self.weights.family)[1]
-        sizes = (strips, tile_rows, rows)
-        self.device.launch(name, grid, 384, *self.arguments(True), *sizes, shared_bytes=shared_bytes)
+        tiles = rows * -(-self.weights.num_strips // (8 * strips_per_warp))
+        self.device.launch(
+            f"product_wgmma_{strips_per_warp}_{self.weights.family.name}",
+            (min(tiles, self.device.num_multiprocessors), 1, 1),
+            384,
+            *(self.map, quants, scales, 0, bias, bias, self.out, groups, *self.numbers, tile_rows, rows),
+            shared_bytes=wgmma_stages(self.weights.family)[1],
+        )
 
     def error(self) -> float:
         """The largest error of sampled strips, relative to the sum of the products' sizes."""
@@ -191,6 +202,7 @@ def main() -> None:
 
 
 def run(device: Device, sizes: Sequence[int]) -> None:
+    device.load({ROWS: ROWS_ENTRIES})
     for family in (Family.MXFP4, Family.INT8):
         device.load(product_modules(family))
         assert 2 in wgmma_strips(family)

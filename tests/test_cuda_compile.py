@@ -93,5 +93,8 @@ def test_entry_points_take_the_arguments_that_are_declared():
         for _, entry, types in entries:
             stem = re.sub(r"_\d$", "_1", entry)
             (parameters,) = re.findall(rf"\b{stem}\(([^)]*)\)\s*\{{", source.replace("NAME(", f"{entry}("))
-            kinds = ["P" if "*" in one else "f" if "float" in one else "i" for one in parameters.split(",")]
+            kinds = [
+                "T" if "TensorMap" in one else "P" if "*" in one else "f" if "float" in one else "i"
+                for one in parameters.split(",")
+            ]
             assert "".join(kinds) == types, entry

@@ -51,6 +51,12 @@ class RecordedDevice:
     def launch(self, name, grid, threads, *arguments, shared_bytes=0):
         self.launches.append((name, grid, threads, arguments, shared_bytes))
 
+    def map_halves(self, address, num_rows, pitch, box_rows):
+        assert 1 << 20 <= address < self.end
+        assert address % 16 == pitch % 64 == 0
+        assert num_rows > 0
+        return bytes(128)
+
     def upload(self, address, values):
         pass
 
@@ -82,7 +88,8 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
             assert name in declared, what
             assert len(arguments) == len(declared[name]), what
             for kind, argument in zip(declared[name], arguments, strict=True):
-                assert isinstance(argument, float if kind == "f" else int), f"{what}: {kind} got {argument!r}"
+                wanted = {"f": float, "T": bytes}.get(kind, int)
+                assert isinstance(argument, wanted), f"{what}: {kind} got {argument!r}"
                 assert kind != "P" or argument == 0 or 1 << 20 <= argument < device.end, what
             assert min(grid) >= 1, what
             assert max(grid[1:]) <= 65535, what

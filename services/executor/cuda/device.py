@@ -6,6 +6,7 @@ context that is still on the stack when a process ends aborts it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from shared.errors import Reason, ServiceError
 log = logging.getLogger(__name__)
 
 Grid = tuple[int, int, int]
+Argument = int | float | bytes
 # Kernels that hold more in shared memory than a block gets unasked. They also divide a multiprocessor's memory alike:
 # kernels that do not can't be on it at the same time, and none could start while the one before it ends.
 SHARING = ("product", "attention_decode", "attention_wgmma", "normed_route")
+TENSOR_MAP = np.dtype("V128")  # a kernel's argument
 PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
 
 
@@ -62,23 +65,46 @@ class Device:
         cache: Path | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Compile modules and prepare their entry points: types are P for a pointer, i an int, f a float."""
+        """Compile modules and prepare their entry points: types are P for a pointer, i an int, f a float, T a map."""
         cubins = Compiler(SOURCES, architecture(self.capability), cache).compile_all(list(modules), report)
         for module, entries in modules.items():
             loaded = cuda.module_from_buffer(cubins[module])
             for name, entry, types in entries:
                 function = loaded.get_function(entry)
-                function.prepare(types)
+                function.prepare([TENSOR_MAP if kind == "T" else kind for kind in types])
                 if name.startswith(SHARING):
                     _prefer_shared(function, self.max_shared_bytes)
                 self._functions[name] = (function, types)
 
-    def launch(self, name: str, grid: Grid, threads: int, *arguments: int | float, shared_bytes: int = 0) -> None:
+    def launch(
+        self, name: str, grid: Grid, threads: int, *arguments: int | float | bytes, shared_bytes: int = 0
+    ) -> None:
         """Start a kernel on the stream, with so much dynamic shared memory for each block."""
         function, types = self._functions[name]
         assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, not {len(arguments)}"
         assert min(grid) > 0
         function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments, shared_size=shared_bytes)
+
+    def map_halves(self, address: int, num_rows: int, pitch: int, box_rows: int) -> bytes:
+        """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them."""
+        kinds = driver.CUtensorMapDataType, driver.CUtensorMapInterleave, driver.CUtensorMapSwizzle
+        data, interleave, swizzle = kinds
+        (map_,) = _check(
+            driver.cuTensorMapEncodeTiled(
+                data.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                2,
+                address,
+                [driver.cuuint64_t(pitch), driver.cuuint64_t(num_rows)],
+                [driver.cuuint64_t(2 * pitch)],
+                [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
+                [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+                interleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+        return ctypes.string_at(map_.getPtr(), TENSOR_MAP.itemsize)
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.

@@ -13,7 +13,7 @@ from shared.cuda_layout import TILES, Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
-Entry = tuple[str, str, str]  # name, entry point, types of the arguments: P pointer, i int, f float
+Entry = tuple[str, str, str]  # name, entry point, types of the arguments: P pointer, i int, f float, T tensor map
 
 SOURCES = Path(__file__).parent / "kernels"
 PRODUCT_TILES = (2, 4, 8)  # of 8 rows, that product_rows comes in
@@ -24,14 +24,20 @@ EPILOGUES = ("store", "residual", "gelu", "swiglu")
 FEW_TYPES = "PPPPPPPPPPiiiiiiiiif"
 ROWS_TYPES = "PPPPPPPPPiiiiiiiii"
 TILED_TYPES = "PPPPPPPPPiiiiiii"
-SPLIT_TYPES = "PPPPPPiiiiiii"
+WGMMA_TYPES = "TPPPPPPPiiiiiiii"
+SPLIT_TYPES = "TPPPPPiiiiii"
 SPLITS = (2, 3, 4, 5, 6, 8)  # blocks of a cluster of product_split.cu
 SPLIT_STAGES = 8  # most of them, past which nothing is gained
+BOX_ROWS = 64  # of x, that wgmma_tiles.cuh copies at once
 WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
 ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
 ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
 ATTENTION_WGMMA_STAGES = 3  # of 128 positions' keys and values, and eight dimensions of ones
 ATTENTION_WGMMA_BYTES = ATTENTION_WGMMA_STAGES * (128 * 64 * 2 + 128 * 72 * 2 + 16) + 1024
+
+
+ROWS = Module("rows")
+ROWS_ENTRIES = [(name, name, types) for name, types in (("add", "PPi"), ("gather", "PPPi"), ("gather_halves", "PPPi"))]
 
 
 def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Sequence[Entry]]:
@@ -43,7 +49,11 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
     modules: dict[Module, Sequence[Entry]] = {
         Module("norm"): [("rms_norm", "rms_norm", "PPPiif"), ("layer_norm", "layer_norm", "PPPPiif")],
         Module("norm_many"): [("rms_norm_many", "rms_norm_many", "PPPiifi")],
-        Module("rows"): [("add", "add", "PPi"), ("gather", "gather", "PPPi")],
+        Module("rows"): [
+            ("add", "add", "PPi"),
+            ("gather", "gather", "PPPi"),
+            ("gather_halves", "gather_halves", "PPPi"),
+        ],
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,
@@ -118,7 +128,7 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
         ],
         Module("product_tiled", constants): [(f"product_tiled_{suffix}", "product_tiled", TILED_TYPES)],
         Module("product_wgmma", (*constants, ("NUM_STAGES", wgmma_stages(family)[0]))): [
-            (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", TILED_TYPES + "ii")
+            (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", WGMMA_TYPES)
             for strips in wgmma_strips(family)
         ],
         Module("product_split", (*constants, ("NUM_STAGES", split_stages(family)[0]))): [

@@ -7,10 +7,12 @@ groups of one expert, and the group's rows decide.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from services.executor.cuda.arrays import Epilogue, ExpertSum, Floats, Halves, Normed, Product, Routing
 from services.executor.cuda.kernels import (
+    BOX_ROWS,
     EXACT,
     ONE_DEPTH,
     ONE_WARPS,
@@ -43,6 +45,7 @@ MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
 HOPPER_SMALL_ROWS = 16  # the same on Hopper, where the others are better
+MAX_MAPS = 1024  # tensor maps that are kept
 SPLIT_ROWS = 64  # most that product_split.cu takes at once
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
@@ -71,6 +74,7 @@ class Products:
     def __init__(self, device: Device, config: GPTConfig, workspace: Workspace) -> None:
         self._device, self._config, self._workspace = device, config, workspace
         self._is_hopper = device.capability == (9, 0)  # where wgmma_tiles.cuh multiplies
+        self._map_halves = functools.lru_cache(MAX_MAPS)(device.map_halves)
 
     def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
         """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""
@@ -118,11 +122,14 @@ class Products:
         if most <= FEW_ROWS and self._takes_few(family, most, matrices):
             self._run_few(family, few, planes, x, out, (most, *sizes), (row_ids, groups, are_groups_early))
             return
+        if x.is_spread:
+            rows = self._gather(x, row_ids, routing.num_pairs) if row_ids else x
+            addresses = (*planes, address, groups)
+            self._launch_wgmma(family, rows, addresses, (pitch, routing.num_pairs, *sizes), num_groups)
+            return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
-        if x.is_spread:
-            self._launch_wgmma(family, strips, 0, addresses, numbers, num_groups)
-        elif routing.group_rows == TILED_ROWS:
+        if routing.group_rows == TILED_ROWS:
             grid = (-(-strips // NUM_WARPS), num_groups, 1)
             self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
         else:
@@ -172,8 +179,7 @@ class Products:
             self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
             return
         x = self.halves(x, x.num_rows > HOPPER_SMALL_ROWS)
-        addresses = (*planes, x.address, address, 0, 0)
-        numbers = (x.pitch, pitch, x.num_rows, *sizes, epilogue, strips)
+        numbers = (pitch, x.num_rows, *sizes, epilogue, strips)
         split = choose_split(strips, matrix.num_column_tiles, self._device.num_multiprocessors)
         is_few = x.num_rows <= SPLIT_ROWS and split > 1 and epilogue in (Epilogue.STORE, Epilogue.RESIDUAL)
         if x.is_spread and is_few:
@@ -181,16 +187,29 @@ class Products:
                 f"product_split_{split}_{family.name}",
                 (split * -(-strips // STRIP_GROUP), 1, 1),
                 384,
-                *(*planes[:4], x.address, address, *numbers),
+                self._map(x),
+                *(*planes[:4], address, *numbers),
                 shared_bytes=split_stages(family)[1],
             )
         elif x.is_spread:
-            self._launch_wgmma(family, strips, x.num_rows, addresses, numbers)
+            self._launch_wgmma(family, x, (*planes, address, 0), numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
-            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, *numbers)
+            addresses = (*planes, x.address, address, 0, 0)
+            self._device.launch(f"product_tiled_{family.name}", grid, 256, *addresses, x.pitch, *numbers)
         else:
-            self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, numbers, are_groups_early=False)
+            addresses = (*planes, x.address, address, 0, 0)
+            self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, (x.pitch, *numbers), are_groups_early=False)
+
+    def _map(self, x: Halves) -> bytes:
+        return self._map_halves(x.address, x.num_rows, x.pitch, BOX_ROWS)
+
+    def _gather(self, x: Halves, row_ids: int, num_rows: int) -> Halves:
+        """Rows of x in the order of `row_ids`, where the experts' outputs will lie."""
+        rows = Halves(self._workspace.outputs, num_rows, x.width, x.is_spread)
+        arguments = (x.address, row_ids, rows.address, rows.pitch // 8)
+        self._device.launch("gather_halves", (num_rows, 1, 1), 256, *arguments)
+        return rows
 
     def _run_one(
         self,
@@ -273,21 +292,24 @@ class Products:
     def _launch_wgmma(
         self,
         family: Family,
-        num_strips: int,
-        num_rows: int,
+        x: Halves,
         addresses: tuple[int, ...],
-        numbers: tuple[int, ...],  # with column tiles and strips
+        numbers: tuple[int, ...],  # pitch, rows, outputs, column tiles, epilogue, strips
         num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
     ) -> None:
-        strips, rows = wgmma_strips(family)[-1], TILED_ROWS
+        num_strips, strips, rows = numbers[-1], wgmma_strips(family)[-1], TILED_ROWS
         if num_groups == 0:
-            strips, rows = choose_tile(num_rows, num_strips, numbers[4], family, self._device.num_multiprocessors)
-        num_row_tiles = num_groups or -(-num_rows // rows)
-        num_tiles = num_row_tiles * -(-num_strips // (8 * strips))
-        grid = (min(num_tiles, self._device.num_multiprocessors), 1, 1)
-        name = f"product_wgmma_{strips}_{family.name}"
-        shared_bytes = wgmma_stages(family)[1]
-        self._device.launch(name, grid, 384, *addresses, *numbers, rows, num_row_tiles, shared_bytes=shared_bytes)
+            strips, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
+        num_row_tiles = num_groups or -(-x.num_rows // rows)
+        num_tiles = num_row_tiles * -(-num_strips // (STRIP_GROUP * strips))
+        self._device.launch(
+            f"product_wgmma_{strips}_{family.name}",
+            (min(num_tiles, self._device.num_multiprocessors), 1, 1),
+            384,
+            self._map(x),
+            *(*addresses, *numbers, rows, num_row_tiles),
+            shared_bytes=wgmma_stages(family)[1],
+        )
 
     def _takes_one(self, family: Family, num_parts: int, matrix: Matrix | ExpertMatrices) -> bool:
         """Whether product_one.cu takes the family, and so many rows of x fit in shared memory."""

@@ -10,6 +10,7 @@
 // for NUM_STAGES (a -D) and the sums; sm_90a. x is spread.
 // Moves: the matrix once, x once for each 128 outputs.
 #include "epilogue.cuh"
+#include "tensor_map.cuh"
 #include "weights.cuh"
 
 constexpr int NUM_THREADS = 384;
@@ -17,8 +18,8 @@ constexpr int NUM_THREADS = 384;
 struct Product {
     Planes planes;
     Output out;
-    const __half* x;  // (rows, x_pitch)
-    int x_pitch, num_rows, column_tiles, num_strips;
+    const TensorMap* rows;  // of x
+    int num_rows, column_tiles, num_strips;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -44,14 +45,15 @@ __device__ __forceinline__ void copy_share(const Product& product, const Work& w
     for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
     await_inputs();
     start_dependents();
-    const RowCopies rows(nullptr, product.x_pitch, 0, product.num_rows);
     for (int done = 0; done < num_stages; done++) {
         if (done >= NUM_STAGES) {
             await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
             copy(ring.stage, done);
         }
-        rows.start(ring.x + ring.stage * X_BYTES, product.x + (work.first + done) * 64);
-        arrive_with_copies(ring.full + ring.stage * 8);
+        const uint32_t full = ring.full + ring.stage * 8;
+        if (threadIdx.x == 0)
+            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows, full);
+        arrive_with_copies(full);
         ring.advance();
     }
 }
@@ -132,9 +134,10 @@ __device__ __forceinline__ void run(const Product& product) {
 
 #define PRODUCT(BLOCKS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
-        const char* quants, const char* scales, const char* minima, const float* bias, const __half* x, void* values, \
-        int x_pitch, int pitch, int num_rows, int num_outputs, int column_tiles, int epilogue, int num_strips) {      \
-        run({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, x, x_pitch, num_rows,   \
+        const __grid_constant__ TensorMap rows, const char* quants, const char* scales, const char* minima,           \
+        const float* bias, void* values, int pitch, int num_rows, int num_outputs, int column_tiles, int epilogue,    \
+        int num_strips) {                                                                                             \
+        run({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, &rows, num_rows,        \
              column_tiles, num_strips});                                                                              \
     }
 

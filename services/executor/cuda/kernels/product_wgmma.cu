@@ -5,27 +5,27 @@
 // one multiplies while the other stores. Blocks stay and take one tile after another; the copies run ahead across tiles.
 //
 // Weights round as wgmma_tiles.cuh says. Sums are in float, over the columns in order; a row's do not depend on other rows.
-// Grouped (experts): as in product.cu, groups of at most 128 rows.
+// Grouped (experts): as in product.cu, groups of at most 128 rows, which lie in x in the order of the groups.
 // Launch: grid (min(multiprocessors, tiles)), 384 threads, dynamic shared memory for NUM_STAGES (a -D); sm_90a.
 // Moves: the matrix once for each row tile or group, x once for each 128 STRIPS outputs.
 #include "epilogue.cuh"
 #include "spread.cuh"
+#include "tensor_map.cuh"
 #include "weights.cuh"
 
 constexpr int NUM_THREADS = 384;
-constexpr int MAX_ROWS = 128;
-constexpr int MAX_STRIPS = FAMILY <= 1 ? 2 : 1;  // of a warp, for which it has registers
 
 struct Product {
     Planes planes;
     Output out;
-    const __half* x;     // (rows, x_pitch)
-    const int* row_ids;  // of x, for each row of out; null: the same row
-    const int4* groups;  // (num_row_tiles,) or null
-    int x_pitch, num_rows, column_tiles, num_strips, tile_rows, num_row_tiles;
+    const TensorMap* rows;  // of x
+    const int4* groups;     // (num_row_tiles,) or null
+    int num_rows, column_tiles, num_strips, tile_rows, num_row_tiles;
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int MAX_ROWS = 128;
+constexpr int MAX_STRIPS = FAMILY <= 1 ? 2 : 1;  // of a warp, for which it has registers
 #include "wgmma_tiles.cuh"
 
 constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
@@ -51,15 +51,16 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
 
 template <int STRIPS>
 __device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
-    const RowCopies rows(product.row_ids, product.x_pitch, work.start, work.count);
     const int column_tiles = product.column_tiles, num_strips = product.num_strips - work.first_strip;
     const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + work.first_strip) * column_tiles;
     for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
+        const uint32_t full = ring.full + ring.stage * 8;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
+        if (threadIdx.x == 0)
+            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
         copy_weights<STRIPS>(product.planes, ring.weights + ring.stage * STAGE_BYTES, tile + column_tile, num_strips,
                              column_tiles);
-        rows.start(ring.x + ring.stage * X_BYTES, product.x + column_tile * 64);
-        arrive_with_copies(ring.full + ring.stage * 8);
+        arrive_with_copies(full);
         ring.advance();
     }
 }
@@ -190,12 +191,12 @@ __device__ __forceinline__ void run(const Product& product) {
 #endif
 
 #define PRODUCT(STRIPS)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma_##STRIPS(            \
-        const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias,          \
-        const __half* x, void* values, const int* row_ids, const int4* groups, int x_pitch, int pitch, int num_rows,  \
+    extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma_##STRIPS(                              \
+        const __grid_constant__ TensorMap rows, const char* quants, const char* scales, const char* minima,           \
+        const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows,           \
         int num_outputs, int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {          \
-        run<STRIPS>({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, x, row_ids,     \
-                     groups, x_pitch, num_rows, column_tiles, num_strips, tile_rows, num_row_tiles});                 \
+        run<STRIPS>({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, &rows, groups,  \
+                     num_rows, column_tiles, num_strips, tile_rows, num_row_tiles});                                  \
     }
 
 PRODUCT(1)

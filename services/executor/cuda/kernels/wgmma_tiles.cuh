@@ -1,6 +1,6 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// NUM_COPIERS threads fill a stage of 64 columns; the others, two groups of four warps, each multiply their half of its
+// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, two groups of four warps, each multiply their half of its
 // outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share of a tile of cuda.v1 is
 // its share of wgmma's a, decoded and scaled while the products before run. x is the operand in shared memory, spread
 // (spread.cuh).
@@ -17,6 +17,7 @@
 
 constexpr int NUM_COPIERS = 128;  // threads; the others multiply
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
+constexpr int BOX_ROWS = 64;    // that are copied at once, as the tensor map says
 constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
 constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
 constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
@@ -85,29 +86,14 @@ __device__ __forceinline__ void copy_weights(const Planes& planes, uint32_t weig
 #endif
 }
 
-// Where a copying thread's share of x comes from, 16 bytes of every STEP-th row, and where in a stage it goes.
-struct RowCopies {
-    static constexpr int STEP = NUM_COPIERS / 8, NUM_STEPS = MAX_ROWS / STEP;
-    uint32_t offsets[NUM_STEPS], place;
-    int first, count;
-
-    __device__ __forceinline__ RowCopies(const int* row_ids, int x_pitch, int start, int count)
-        : first(threadIdx.x / 8), count(count) {
-        const int piece = threadIdx.x % 8;
-#pragma unroll
-        for (int i = 0; i < NUM_STEPS; i++) {
-            const int row = start + min(STEP * i + first, count - 1);
-            offsets[i] = (row_ids == nullptr ? row : row_ids[row]) * x_pitch + piece * 8;
-        }
-        place = first * ROW_BYTES + (piece ^ first % 8) * 16;  // STEP is a multiple of eight
-    }
-
-    __device__ __forceinline__ void start(uint32_t stage, const __half* source) const {
-#pragma unroll
-        for (int i = 0; i < NUM_STEPS; i++)
-            if (STEP * i + first < count) copy_async<16>(stage + place + i * STEP * ROW_BYTES, source + offsets[i]);
-    }
-};
+// A stage's x: `count` rows from `row` on, in whole boxes. One thread calls, before it arrives at the barrier.
+__device__ __forceinline__ void copy_rows(const TensorMap* rows, uint32_t x, int column_tile, int row, int count,
+                                          uint32_t barrier) {
+    const int num_boxes = (count + BOX_ROWS - 1) / BOX_ROWS;
+    expect_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
+    for (int box = 0; box < num_boxes; box++)
+        copy_box(x + box * BOX_ROWS * ROW_BYTES, rows, column_tile * 64, row + box * BOX_ROWS, barrier);
+}
 
 template <typename T>
 __device__ __forceinline__ T read_shared(uint32_t address);
@@ -242,7 +228,6 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
     uint32_t a[2][STRIPS][2][4];
     const auto begin_stage = [&] {
         await_barrier(ring.full + ring.stage * 8, ring.phase);
-        show_to_products();
         const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
