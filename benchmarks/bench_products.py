@@ -1,12 +1,14 @@
-"""Products of many rows at gpt-oss-20b's shapes, kernel by kernel, in TFLOP/s.
+"""Products of some and many rows at gpt-oss-20b's shapes, kernel by kernel, in TFLOP/s.
 
-`python -m benchmarks.bench_products` times product_wgmma.cu in tiles of several sizes beside product_tiled.cu, with
-random weights in the official file's types, and checks sampled outputs of each against float64.
+`python -m benchmarks.bench_products` times product_wgmma.cu in tiles of several sizes beside product_tiled.cu, and for
+up to 64 rows product_split.cu, with clusters of several sizes, beside product_rows.cu: with random weights in the
+official file's types. Sampled outputs of each are checked against float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.executor.cuda.device import Device
-from services.executor.cuda.kernels import BOX_ROWS, ROWS, ROWS_ENTRIES, product_modules, wgmma_stages, wgmma_strips
+from services.executor.cuda.kernels import (
+    BOX_ROWS,
+    PRODUCT_TILES,
+    ROWS,
+    ROWS_ENTRIES,
+    SPLITS,
+    product_modules,
+    split_stages,
+    wgmma_stages,
+    wgmma_strips,
+)
+from services.executor.cuda.products import SLOT_BYTES
 from shared.cuda_layout import TILES, Family
 
 NUM_EXPERTS, NUM_USED, HIDDEN, GROUP_ROWS = 32, 4, 2880, 128
@@ -140,8 +153,36 @@ class Problem:
             f"product_wgmma_{strips_per_warp}_{self.weights.family.name}",
             (min(tiles, self.device.num_multiprocessors), 1, 1),
             384,
-            *(self.map, quants, scales, 0, bias, bias, self.out, groups, *self.numbers, tile_rows, rows),
+            *(quants, scales, 0, bias, bias, self.out),
+            self.map,
+            *(groups, *self.numbers, tile_rows, rows),
             shared_bytes=wgmma_stages(self.weights.family)[1],
+        )
+
+    def run_rows(self) -> None:
+        """Of one matrix, as products.py launches it."""
+        quants, scales, bias = self.weights.addresses
+        addresses = (quants, scales, 0, bias, bias, self.addresses[0], self.out, 0, 0)
+        tiles = next(tiles for tiles in PRODUCT_TILES if 8 * tiles >= self.num_rows)
+        self.device.launch(
+            f"product_rows_{tiles}_{self.weights.family.name}",
+            (self.weights.num_strips, 1, 1),
+            256,
+            *(*addresses, self.pitch_in, *self.numbers, 8, 0),
+            shared_bytes=8 * SLOT_BYTES[self.weights.family] * 3 + 8 * 16 * (8 * tiles + 1) * 4,
+        )
+
+    def run_split(self, blocks: int) -> None:
+        quants, scales, bias = self.weights.addresses
+        pitch, rows, *sizes = self.numbers
+        self.device.launch(
+            f"product_split_{blocks}_{self.weights.family.name}",
+            (blocks * -(-self.weights.num_strips // 8), 1, 1),
+            384,
+            *(quants, scales, 0, bias, self.out, pitch, rows),
+            self.map,
+            *sizes,
+            shared_bytes=split_stages(self.weights.family)[1],
         )
 
     def error(self) -> float:
@@ -190,6 +231,18 @@ def compare(problem: Problem, name: str, tiles: Sequence[tuple[int, int]], has_t
     print(f"{name:26} " + " | ".join(results), flush=True)
 
 
+def compare_some_rows(problem: Problem, name: str) -> None:
+    """Of one matrix and at most 64 rows."""
+    works: dict[str, Callable[[], None]] = {"rows": problem.run_rows}
+    works |= {f"split {blocks}": functools.partial(problem.run_split, blocks) for blocks in SPLITS}
+    results = []
+    for way, work in works.items():
+        problem.device.clear(problem.out, problem.num_rows * problem.outputs * problem.item.itemsize)
+        microseconds, error = time_us(problem.device, work), problem.error()
+        results.append(f"{way} {microseconds:.1f} us" + ("" if error < 5e-4 else f" WRONG by {error:.2g}"))
+    print(f"{name:26} " + " | ".join(results), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
@@ -211,6 +264,9 @@ def run(device: Device, sizes: Sequence[int]) -> None:
     dense = {name: Weights(device, Family.INT8, 1, -(-out // 16), size) for name, (out, size) in matrices.items()}
     gate_up = Weights(device, Family.MXFP4, NUM_EXPERTS, 2 * HIDDEN // 16, HIDDEN)
     down = Weights(device, Family.MXFP4, NUM_EXPERTS, HIDDEN // 16, HIDDEN)
+    for num_rows in (9, 17, 32, 64):
+        for name, weights in dense.items():
+            compare_some_rows(Problem(device, weights, num_rows, STORE, False), f"{name}, {num_rows}")
     for num_tokens in sizes:
         for name, weights in dense.items():
             tiles = [(2, 128), (1, 128), (1, 64)] if num_tokens <= 512 else [(2, 128), (2, 96)]

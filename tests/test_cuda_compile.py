@@ -1,6 +1,7 @@
 """Every kernel compiles for every architecture that mxgpt names, without a GPU, and keeps to registers."""
 
 import re
+import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,51 @@ def test_all_kernels_compile_where_there_is_no_nvcc(tmp_path, monkeypatch, sourc
     modules = all_modules() if sources == SOURCES else loader_kernels.MODULES
     cubins = Compiler(sources, "sm_90a", tmp_path).compile_all(modules)
     assert all(cubin[:4] == b"\x7fELF" for cubin in cubins.values())
+
+
+@needs_nvcc
+@pytest.mark.parametrize("family", [Family.MXFP4, Family.F16], ids=lambda family: family.name)
+def test_arguments_lie_where_kernels_look_for_them(tmp_path, family):
+    """PyCUDA packs arguments as `struct` does; the compiler places a tensor map by an address that begins elsewhere."""
+    modules = {module: entries for module, entries in modules_of(WIDE_GPT_OSS, [family]).items() if has_map(entries)}
+    assert modules
+    for module, entries in modules.items():
+        found = parameters(Compiler(SOURCES, "sm_90a", tmp_path).compile(module))
+        for _, entry, types in entries:
+            kinds = [{"T": "128s"}.get(kind, kind) for kind in types]
+            ends = [struct.calcsize("".join(kinds[: i + 1])) for i in range(len(kinds))]
+            assert found[entry] == [(end - struct.calcsize(kind), end) for kind, end in zip(kinds, ends, strict=True)]
+
+
+def has_map(entries):
+    return any("T" in types for _, _, types in entries)
+
+
+def parameters(cubin):
+    """Where the parameters of each kernel of a cubin begin and end, in bytes: .nv.info's EIATTR_KPARAM_INFO."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
+    names = cubin[sections[names_at][4] :]
+    found = {}
+    for name_at, _, _, _, start, num_bytes, *_ in sections:
+        name = names[name_at : names.index(b"\0", name_at)].decode()
+        if name.startswith(".nv.info."):
+            found[name.removeprefix(".nv.info.")] = parameters_of(cubin[start : start + num_bytes])
+    return found
+
+
+def parameters_of(info):
+    places, at = {}, 0
+    while at < len(info):
+        form, attribute, value = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:  # the value is the number of bytes that follow
+            if attribute == 0x17:
+                _, ordinal, offset, bits = struct.unpack_from("<IHHI", info, at)
+                places[ordinal] = (offset, offset + (bits >> 18))
+            at += value
+    return [places[ordinal] for ordinal in sorted(places)]
 
 
 @needs_nvcc

@@ -86,25 +86,27 @@ class Device:
         function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments, shared_size=shared_bytes)
 
     def map_halves(self, address: int, num_rows: int, pitch: int, box_rows: int) -> bytes:
-        """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them."""
-        kinds = driver.CUtensorMapDataType, driver.CUtensorMapInterleave, driver.CUtensorMapSwizzle
-        data, interleave, swizzle = kinds
-        (map_,) = _check(
-            driver.cuTensorMapEncodeTiled(
-                data.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                2,
-                address,
-                [driver.cuuint64_t(pitch), driver.cuuint64_t(num_rows)],
-                [driver.cuuint64_t(2 * pitch)],
-                [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
-                [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-                interleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
+        """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them.
+
+        The driver writes it where it is told, which must be a multiple of 64: cuda-bindings cannot say where.
+        """
+        buffer = ctypes.create_string_buffer(TENSOR_MAP.itemsize + 64)
+        start = -ctypes.addressof(buffer) % 64
+        sizes, strides = (ctypes.c_uint64 * 2)(pitch, num_rows), (ctypes.c_uint64 * 1)(2 * pitch)
+        box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+        code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+            ctypes.c_void_p(ctypes.addressof(buffer) + start),
+            int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+            ctypes.c_uint32(2),
+            ctypes.c_void_p(address),
+            *(sizes, strides, box, steps),
+            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         )
-        return ctypes.string_at(map_.getPtr(), TENSOR_MAP.itemsize)
+        _check((driver.CUresult(code),))
+        return buffer.raw[start : start + TENSOR_MAP.itemsize]
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.

@@ -124,8 +124,8 @@ class Products:
             return
         if x.is_spread:
             rows = self._gather(x, row_ids, routing.num_pairs) if row_ids else x
-            addresses = (*planes, address, groups)
-            self._launch_wgmma(family, rows, addresses, (pitch, routing.num_pairs, *sizes), num_groups)
+            addresses = (*planes, address)
+            self._launch_wgmma(family, rows, addresses, groups, (pitch, routing.num_pairs, *sizes), num_groups)
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
@@ -187,12 +187,13 @@ class Products:
                 f"product_split_{split}_{family.name}",
                 (split * -(-strips // STRIP_GROUP), 1, 1),
                 384,
+                *(*planes[:4], address, pitch, x.num_rows),
                 self._map(x),
-                *(*planes[:4], address, *numbers),
+                *(*sizes, epilogue, strips),
                 shared_bytes=split_stages(family)[1],
             )
         elif x.is_spread:
-            self._launch_wgmma(family, x, (*planes, address, 0), numbers)
+            self._launch_wgmma(family, x, (*planes, address), 0, numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
             addresses = (*planes, x.address, address, 0, 0)
@@ -294,6 +295,7 @@ class Products:
         family: Family,
         x: Halves,
         addresses: tuple[int, ...],
+        groups: int,
         numbers: tuple[int, ...],  # pitch, rows, outputs, column tiles, epilogue, strips
         num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
     ) -> None:
@@ -306,8 +308,9 @@ class Products:
             f"product_wgmma_{strips}_{family.name}",
             (min(num_tiles, self._device.num_multiprocessors), 1, 1),
             384,
+            *addresses,
             self._map(x),
-            *(*addresses, *numbers, rows, num_row_tiles),
+            *(groups, *numbers, rows, num_row_tiles),
             shared_bytes=wgmma_stages(family)[1],
         )
 

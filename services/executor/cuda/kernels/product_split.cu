@@ -41,19 +41,17 @@ __device__ __forceinline__ void copy_share(const Product& product, const Work& w
     const auto copy = [&](int stage, int column_tile) {
         copy_weights<1>(product.planes, ring.weights + stage * STAGE_BYTES, index + column_tile, num_strips,
                         product.column_tiles);
+        arrive_with_copies(ring.full + stage * 8);
     };
     for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
     await_inputs();
     start_dependents();
     for (int done = 0; done < num_stages; done++) {
-        if (done >= NUM_STAGES) {
-            await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-            copy(ring.stage, done);
-        }
-        const uint32_t full = ring.full + ring.stage * 8;
+        if (done >= NUM_STAGES) await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         if (threadIdx.x == 0)
-            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows, full);
-        arrive_with_copies(full);
+            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows,
+                      ring.full + ring.stage * 8);
+        if (done >= NUM_STAGES) copy(ring.stage, done);
         ring.advance();
     }
 }
@@ -79,32 +77,48 @@ __device__ __forceinline__ void multiply_share(const Product& product, const Wor
                                      own[0][4 * j + 3] * high));
 }
 
-// The cluster's sums of this block's share of the rows.
+// The cluster's sums of this block's share of the rows: (first, last), in eights.
+template <int BLOCKS>
 __device__ __forceinline__ void store_share(const Product& product, const Work& work, uint32_t sums) {
-    const int num_blocks = cluster_size(), rank = cluster_rank(), eights = (product.num_rows + 7) / 8;
+    constexpr int MOST = (MAX_ROWS / 8 + BLOCKS - 1) / BLOCKS;  // eights of a share
+    const Output& out = product.out;
+    const int rank = cluster_rank(), eights = (product.num_rows + 7) / 8;
+    const int first = eights * rank / BLOCKS, count = eights * (rank + 1) / BLOCKS - first;
     const int thread = threadIdx.x - NUM_COPIERS, g = thread % 32 / 4, t = thread % 4;
-    const int strip = work.first_strip + thread / 32;
-    if (strip >= product.num_strips) return;
-    for (int j = eights * rank / num_blocks; j < eights * (rank + 1) / num_blocks; j++) {
-        const uint32_t place = sums + (j * (NUM_THREADS - NUM_COPIERS) + thread) * 16;
-        float4 sum = {};
-        for (int block = 0; block < num_blocks; block++) {
+    const int output = (work.first_strip + thread / 32) * 16 + g;
+    // All that is added to is read before the sums are there.
+    float before[MOST][4];  // rows 2 t and 2 t + 1 of output g, the same of output g + 8
+#pragma unroll
+    for (int j = 0; j < MOST; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = 8 * (first + j) + 2 * t + i % 2, own = output + i / 2 * 8;
+            if (j >= count || row >= product.num_rows || own >= out.num_outputs) continue;
+            before[j][i] = out.bias == nullptr ? 0.0f : out.bias[own];
+            if (out.epilogue == RESIDUAL)
+                before[j][i] += static_cast<const float*>(out.values)[static_cast<size_t>(row) * out.pitch + own];
+        }
+    await_cluster();
+#pragma unroll
+    for (int j = 0; j < MOST; j++) {
+        if (j >= count) break;
+        float sum[4] = {};
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++) {
+            const uint32_t place = sums + ((first + j) * (NUM_THREADS - NUM_COPIERS) + thread) * 16;
             const float4 share = read_cluster(place, block);
-            sum.x += share.x, sum.y += share.y, sum.z += share.z, sum.w += share.w;
+            sum[0] += share.x, sum[1] += share.y, sum[2] += share.z, sum[3] += share.w;
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = 8 * j + 2 * t + i;
-            const float low = i ? sum.y : sum.x, high = i ? sum.w : sum.z;
-            if (row >= product.num_rows) break;
-            if (product.out.epilogue == RESIDUAL)
-                finish<RESIDUAL>(product.out, 0, strip, g, row, low, high);
-            else
-                finish<STORE>(product.out, 0, strip, g, row, low, high);
+        for (int i = 0; i < 4; i++) {
+            const int row = 8 * (first + j) + 2 * t + i % 2, own = output + i / 2 * 8;
+            if (row < product.num_rows && own < out.num_outputs)
+                static_cast<float*>(out.values)[static_cast<size_t>(row) * out.pitch + own] = sum[i] + before[j][i];
         }
     }
 }
 
+template <int BLOCKS>
 __device__ __forceinline__ void run(const Product& product) {
     extern __shared__ char memory[];
     const uint32_t sums = (shared_address(memory) + 1023) & ~1023u;
@@ -112,33 +126,36 @@ __device__ __forceinline__ void run(const Product& product) {
     if (threadIdx.x == 0) ring.make_barriers();
     show_to_products();
     __syncthreads();
-    const int num_blocks = cluster_size(), rank = cluster_rank();
-    const Work work = {product.column_tiles * rank / num_blocks, product.column_tiles * (rank + 1) / num_blocks,
-                       static_cast<int>(blockIdx.x) / num_blocks * STRIPS};
-    if (threadIdx.x < NUM_COPIERS)
+    const int rank = cluster_rank();
+    const Work work = {product.column_tiles * rank / BLOCKS, product.column_tiles * (rank + 1) / BLOCKS,
+                       static_cast<int>(blockIdx.x) / BLOCKS * STRIPS};
+    if (threadIdx.x < NUM_COPIERS) {
         copy_share(product, work, ring);
-    else
+        await_cluster();
+    } else {
         multiply_share(product, work, ring, sums);
-    await_cluster();
-    if (threadIdx.x >= NUM_COPIERS) store_share(product, work, sums);
+        store_share<BLOCKS>(product, work, sums);
+    }
     await_cluster();  // no block leaves while another reads its sums
 }
 
 #else
 
+template <int BLOCKS>
 __device__ __forceinline__ void run(const Product& product) {
     __trap();  // other architectures take product_rows.cu
 }
 
 #endif
 
+// What comes before the map has 48 bytes, since parameters begin 16 past a multiple of the 64 that it wants.
 #define PRODUCT(BLOCKS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
-        const __grid_constant__ TensorMap rows, const char* quants, const char* scales, const char* minima,           \
-        const float* bias, void* values, int pitch, int num_rows, int num_outputs, int column_tiles, int epilogue,    \
+        const char* quants, const char* scales, const char* minima, const float* bias, void* values, int pitch,       \
+        int num_rows, const __grid_constant__ TensorMap rows, int num_outputs, int column_tiles, int epilogue,        \
         int num_strips) {                                                                                             \
-        run({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, &rows, num_rows,        \
-             column_tiles, num_strips});                                                                              \
+        run<BLOCKS>({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, &rows,          \
+                     num_rows, column_tiles, num_strips});                                                            \
     }
 
 #if __CUDA_ARCH__ >= 900

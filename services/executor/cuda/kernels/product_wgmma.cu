@@ -190,10 +190,11 @@ __device__ __forceinline__ void run(const Product& product) {
 
 #endif
 
+// What comes before the map has 48 bytes, since parameters begin 16 past a multiple of the 64 that it wants.
 #define PRODUCT(STRIPS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma_##STRIPS(                              \
-        const __grid_constant__ TensorMap rows, const char* quants, const char* scales, const char* minima,           \
-        const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows,           \
+        const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias,          \
+        void* values, const __grid_constant__ TensorMap rows, const int4* groups, int pitch, int num_rows,            \
         int num_outputs, int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {          \
         run<STRIPS>({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, &rows, groups,  \
                      num_rows, column_tiles, num_strips, tile_rows, num_row_tiles});                                  \

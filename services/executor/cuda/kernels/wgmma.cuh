@@ -39,8 +39,8 @@ WGMMA(72, 36, WGMMA_N36, "%36, %37, %38, %39", "%40", "%41", WGMMA_D16(0), WGMMA
 WGMMA(96, 64, WGMMA_N48, "%48, %49, %50, %51", "%52", "%53", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32))
 WGMMA(128, 64, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32), WGMMA_D16(48))
 
-// b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes: each column's 64 inner indices are 128 bytes, and within eight
-// columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices 16 i on begin 32 i bytes further.
+// b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes as tensor maps call it: each column's 64
+// inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices 16 i on begin 32 i bytes further.
 __device__ __forceinline__ uint64_t operand(uint32_t address) {
     constexpr uint64_t SWIZZLE_128 = 1ull << 62, EIGHT_COLUMNS = 1024 / 16;
     return SWIZZLE_128 | EIGHT_COLUMNS << 32 | 1ull << 16 | (address & 0x3FFFF) / 16;
@@ -78,9 +78,9 @@ __device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// So many bytes of copy_box are to come before the barrier's phase turns.
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int num_bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
+// Arrive, and have the phase wait for so many bytes of copy_box as well.
+__device__ __forceinline__ void arrive_with_bytes(uint32_t barrier, int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
 }
 
 // A box of a tensor of two dimensions to shared memory, as the map says; its bytes arrive at the barrier.

@@ -1,9 +1,9 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, two groups of four warps, each multiply their half of its
-// outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share of a tile of cuda.v1 is
-// its share of wgmma's a, decoded and scaled while the products before run. x is the operand in shared memory, spread
-// (spread.cuh).
+// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, two groups
+// of four warps, each multiply their half of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
+// registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before
+// run. x is the operand in shared memory, spread (spread.cuh).
 //
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
@@ -17,7 +17,7 @@
 
 constexpr int NUM_COPIERS = 128;  // threads; the others multiply
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
-constexpr int BOX_ROWS = 64;    // that are copied at once, as the tensor map says
+constexpr int BOX_ROWS = 32;    // that are copied at once, as the tensor map says
 constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
 constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
 constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
@@ -42,7 +42,7 @@ struct Ring {
     // One thread of the block makes them.
     __device__ __forceinline__ void make_barriers() const {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
-            make_barrier(full + stage * 8, NUM_COPIERS);
+            make_barrier(full + stage * 8, NUM_COPIERS + 1);  // the threads' weights, and x
             make_barrier(empty + stage * 8, (NUM_THREADS - NUM_COPIERS) / 32);
         }
     }
@@ -86,11 +86,11 @@ __device__ __forceinline__ void copy_weights(const Planes& planes, uint32_t weig
 #endif
 }
 
-// A stage's x: `count` rows from `row` on, in whole boxes. One thread calls, before it arrives at the barrier.
+// A stage's x: `count` rows from `row` on, in whole boxes. One thread calls, whose arrival at the barrier this is.
 __device__ __forceinline__ void copy_rows(const TensorMap* rows, uint32_t x, int column_tile, int row, int count,
                                           uint32_t barrier) {
     const int num_boxes = (count + BOX_ROWS - 1) / BOX_ROWS;
-    expect_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
+    arrive_with_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
     for (int box = 0; box < num_boxes; box++)
         copy_box(x + box * BOX_ROWS * ROW_BYTES, rows, column_tile * 64, row + box * BOX_ROWS, barrier);
 }
