@@ -13,9 +13,10 @@ from services.loader.cuda import kernels as loader_kernels
 from shared.cuda_compile import ARCHITECTURES, Compiler, Module, find_nvcc, nvcc_arguments
 from shared.cuda_layout import Family
 from shared.errors import ServiceError
+from tests.sass import disassemble, find_nvdisasm, touched_in_flight
 from tests.tiny_models import TINY_GPT2, WIDE_GPT_OSS
 
-NVCC = find_nvcc()
+NVCC, NVDISASM = find_nvcc(), find_nvdisasm()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install a CUDA toolkit to compile the kernels")
 
 
@@ -43,6 +44,63 @@ def test_all_kernels_compile_without_spills(tmp_path, target, sources):
     with ThreadPoolExecutor(2) as pool:
         spills = dict(zip(modules, pool.map(compile, modules), strict=True))
     assert not [module for module in modules if spills[module]]
+
+
+@needs_nvcc
+@pytest.mark.skipif(NVDISASM is None, reason="no nvdisasm: install nvidia-cuda-nvdisasm, or a CUDA toolkit")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_registers_of_products_in_flight_are_left_alone(tmp_path):
+    """The compiler does not know that they are in use; see start_product in wgmma.cuh."""
+    compiler = Compiler(SOURCES, "sm_90a", tmp_path)
+    modules = [
+        module
+        for module in all_modules()
+        if re.search(r"wgmma\w*\.cuh", Path(SOURCES / f"{module.source}.cu").read_text())
+    ]
+    assert {module.source for module in modules} == {"attention_wgmma", "product_split", "product_wgmma"}
+    for module, cubin in compiler.compile_all(modules).items():
+        path = tmp_path / "kernel"
+        path.write_bytes(cubin)
+        sass = disassemble(NVDISASM, path)
+        assert sass.count("HGMMA") >= 16, module
+        assert touched_in_flight(sass) == [], module
+
+
+IN_FLIGHT = """.text.kernel:
+        /*0000*/                   IMAD.MOV.U32 R8, RZ, RZ, R9 ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x8x16.F32 R8, R4, gdesc[UR4], R8, UP0, gsb0 ;
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/                   LATE ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   LDS.128 R4, [R16] ;
+        /*0070*/                   FADD R3, R8, R9 ;
+        /*0080*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "num_found"),
+    [
+        ("IADD3 R3, R4, R5, RZ", 0),  # what is multiplied may be read
+        ("F2FP.F16.F32.PACK_AB R7, R17, R18", 1),
+        ("LDS.128 R0, [R20]", 0),
+        ("LDS.128 R4, [R20]", 1),
+        ("IMAD.WIDE R2, P2, R17, R18, R20", 0),
+        ("IMAD.WIDE R3, R17, R18, R20", 1),
+        ("FADD R3, R8, R17", 1),
+        ("STS [R20], R11", 1),
+        ("@!P3 FMUL R10, R17, R18", 1),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 0),
+        ("@P1 BRA `(.L_x_1)", 0),
+    ],
+)
+def test_what_touches_registers_in_flight_is_found(statement, num_found):
+    assert len(touched_in_flight(IN_FLIGHT.replace("LATE", statement))) == num_found
 
 
 def has_nvrtc() -> bool:

@@ -2,7 +2,8 @@
 //
 // A block takes one item and one key head. Each of its groups of four warps holds 64 rows of queries (row r: token
 // r / G, head r % G of the G that share the key head) in registers; four more warps copy keys and values, 128 positions
-// at a time, to shared memory. While the values of a tile are multiplied, the exponentials of the next one are taken.
+// at a time, to shared memory. A tile's values are multiplied with the next one's keys, and one group multiplies while the
+// other takes exponentials.
 // Values have eight more dimensions that are all one: with them the sum of the weights is one of the products.
 // Launch: grid (K, items), 128 (1 + NUM_GROUPS) threads, dynamic shared memory for NUM_STAGES; sm_90a.
 // -D HEAD_SIZE, HEAD_SIZE_PADDED (64), NUM_GROUPS (items have at most 64 NUM_GROUPS / G rows), NUM_STAGES.
@@ -162,26 +163,16 @@ __device__ __forceinline__ void attend(const __half* queries, const float* sinks
         show_to_products();
         before_products();
         start_scores(fragments, ring, scores);
-        if (tile > 0) {
-            start_values(weights, last_values, tile - 1, sums);
-            await_products<1>();
-        } else {
-            await_products<0>();
-        }
+        if (tile > 0) start_values(weights, last_values, tile - 1, sums);
+        await_products<0>();
+        if (tile > 0 && lane == 0) arrive(ring.empty + last_stage * 8);
         const int first = (seen.first_chunk + tile * CHUNKS) * CHUNK;
         if (first + TILE - 1 > lowest || (window > 0 && first <= highest - window)) hide(scores, positions, first, window, t);
-        uint32_t next[8][4];
-        soften(scores, maximum, factor, next);
-        await_products<0>();
-        if (tile > 0) {
-            if (lane == 0) arrive(ring.empty + last_stage * 8);
-            // Past the first positions maxima seldom change.
-            if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f))
+        soften(scores, maximum, factor, weights);
+        // Past the first positions maxima seldom change.
+        if (tile > 0 && __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f))
 #pragma unroll
-                for (int i = 0; i < 36; i++) sums[i] *= factor[i / 2 % 2];
-        }
-#pragma unroll
-        for (int i = 0; i < 32; i++) weights[i / 4][i % 4] = next[i / 4][i % 4];
+            for (int i = 0; i < 36; i++) sums[i] *= factor[i / 2 % 2];
         last_values = ring.values(), last_stage = ring.stage;
         ring.advance();
     }

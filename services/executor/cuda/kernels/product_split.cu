@@ -165,8 +165,5 @@ __device__ __forceinline__ void run(const Product& product) {
 #endif
 
 PRODUCT(2)
-PRODUCT(3)
 PRODUCT(4)
-PRODUCT(5)
-PRODUCT(6)
 PRODUCT(8)

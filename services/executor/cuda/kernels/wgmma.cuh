@@ -6,7 +6,8 @@
 #include "device.cuh"
 #include "tensor_map.cuh"
 
-// d += a b, or d = a b where `is_added` is zero; it runs on while the warps do, until await_products.
+// d += a b, or d = a b where `is_added` is zero; it runs on while the warps do, until await_products. The compiler does not
+// know that, and takes a for read and d for written at once: tests/test_cuda_compile.py looks where it puts what.
 // a: (64, 16) in half: warp w of the four holds rows 16 w to 16 w + 15 as multiply_add's a. b: (16, COLUMNS) in half, in
 // shared memory as `operand` says. d: (64, COLUMNS) in float: d[4 j] to d[4 j + 3] are multiply_add's c of columns 8 j
 // on; what lies past the last column is left alone.

@@ -241,8 +241,12 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
 #pragma unroll
         for (int block = 0; block < 2; block++) {
             start_rows<STRIPS>(sums, a[block], b + block * 4, done + block, count);
-            // The products before these are done; while these run, the next ones' weights are decoded.
-            await_products<1>();
+            // The products before these are done; while these run, the next ones' weights are decoded. F16 is not: there
+            // the next tile comes to the registers that products read.
+            if (FAMILY == 5 && block == 1)
+                await_products<0>();
+            else
+                await_products<1>();
             if (block == 0) {
                 if (last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
 #pragma unroll
