@@ -31,7 +31,7 @@ from services.executor.cuda.kernels import (
 from services.executor.cuda.products import SLOT_BYTES
 from shared.cuda_layout import TILES, Family
 
-NUM_EXPERTS, NUM_USED, HIDDEN, GROUP_ROWS = 32, 4, 2880, 128
+NUM_EXPERTS, NUM_USED, HIDDEN = 32, 4, 2880
 STORE, SWIGLU = 0, 3
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -79,19 +79,20 @@ class Weights:
 class Problem:
     """x @ weights for some rows, of one matrix or of the experts that each row is routed to."""
 
-    def __init__(self, device: Device, weights: Weights, num_tokens: int, epilogue: int, is_grouped: bool) -> None:
+    def __init__(self, device: Device, weights: Weights, num_tokens: int, epilogue: int, group_rows: int = 0) -> None:
         random = np.random.default_rng(num_tokens)
         self.device, self.weights, self.epilogue = device, weights, epilogue
         self.pitch_in = weights.column_tiles * 64
-        self.is_grouped, self.gathers = is_grouped, is_grouped and epilogue == SWIGLU
-        self.num_rows = num_tokens * (NUM_USED if is_grouped else 1)
-        num_inputs_rows = num_tokens if self.gathers or not is_grouped else self.num_rows
+        self.group_rows, self.is_grouped = group_rows, group_rows > 0
+        self.gathers = self.is_grouped and epilogue == SWIGLU
+        self.num_rows = num_tokens * (NUM_USED if self.is_grouped else 1)
+        num_inputs_rows = num_tokens if self.gathers or not self.is_grouped else self.num_rows
         self.x = np.zeros((num_inputs_rows, self.pitch_in), np.float16)
         self.x[:, : weights.num_inputs] = random.standard_normal((num_inputs_rows, weights.num_inputs))
         self.outputs = weights.num_strips * (8 if epilogue == SWIGLU else 16)
         self.item = np.dtype(np.float16 if epilogue == SWIGLU else np.float32)
         self.groups, self.row_ids = np.zeros((0, 4), np.int32), np.arange(self.num_rows, dtype=np.int32)
-        if is_grouped:
+        if self.is_grouped:
             self._route(random, num_tokens)
         spread_x = self.x.reshape(len(self.x), -1, 4, 4, 2).swapaxes(2, 3)  # as spread.cuh says
         sources = (self.x, spread_x.reshape(self.x.shape), self.row_ids, self.groups)
@@ -111,12 +112,12 @@ class Problem:
             self.row_ids = order // NUM_USED
         groups, start = [], 0
         for expert, count in enumerate(np.bincount(experts, minlength=NUM_EXPERTS).tolist()):
-            pieces = -(-count // GROUP_ROWS)
-            size = -(-count // max(pieces, 1) // 8) * 8
+            pieces = -(-count // self.group_rows)
+            size = -(-count // max(pieces, 1) // 32) * 32
             for first in range(0, count, max(size, 1)):
                 groups.append((expert, start + first, min(size, count - first), 0))
             start += count
-        groups += [(0, 0, 0, 0)] * (min(self.num_rows, NUM_EXPERTS + self.num_rows // GROUP_ROWS) - len(groups))
+        groups += [(0, 0, 0, 0)] * (min(self.num_rows, NUM_EXPERTS + self.num_rows // self.group_rows) - len(groups))
         self.groups = np.array(groups, np.int32)
 
     @property
@@ -156,7 +157,7 @@ class Problem:
             *(quants, scales, 0, bias, bias, self.out),
             self.map,
             *(groups, *self.numbers, tile_rows, rows),
-            shared_bytes=wgmma_stages(self.weights.family)[1],
+            shared_bytes=wgmma_stages(self.weights.family, strips_per_warp)[1],
         )
 
     def run_rows(self) -> None:
@@ -266,16 +267,17 @@ def run(device: Device, sizes: Sequence[int]) -> None:
     down = Weights(device, Family.MXFP4, NUM_EXPERTS, HIDDEN // 16, HIDDEN)
     for num_rows in (9, 17, 32, 64):
         for name, weights in dense.items():
-            compare_some_rows(Problem(device, weights, num_rows, STORE, False), f"{name}, {num_rows}")
+            compare_some_rows(Problem(device, weights, num_rows, STORE), f"{name}, {num_rows}")
     for num_tokens in sizes:
         for name, weights in dense.items():
-            tiles = [(2, 128), (1, 128), (1, 64)] if num_tokens <= 512 else [(2, 128), (2, 96)]
-            compare(Problem(device, weights, num_tokens, STORE, False), f"{name}, {num_tokens}", tiles)
-        tiles = [(2, 128), (1, 128)] if num_tokens <= 512 else [(2, 128)]
-        compare(Problem(device, gate_up, num_tokens, SWIGLU, True), f"gate and up, {num_tokens}", tiles)
-        compare(Problem(device, down, num_tokens, STORE, True), f"down, {num_tokens}", tiles)
+            tiles = [(2, 128), (1, 128), (1, 64)] if num_tokens <= 512 else [(2, 128), (1, 256), (1, 192), (1, 160)]
+            compare(Problem(device, weights, num_tokens, STORE), f"{name}, {num_tokens}", tiles)
+        for name, weights, epilogue in (("gate and up", gate_up, SWIGLU), ("down", down, STORE)):
+            for group_rows, tiles in ((128, [(2, 128)]), (256, [(1, 256)])):
+                problem = Problem(device, weights, num_tokens, epilogue, group_rows)
+                compare(problem, f"{name}, {num_tokens}", tiles, has_tiled=group_rows == 128)
     head = Weights(device, Family.INT8, 1, 201088 // 16, HIDDEN)
-    compare(Problem(device, head, 256, STORE, False), "head, 256", [(2, 128), (2, 96), (1, 128)])
+    compare(Problem(device, head, 256, STORE), "head, 256", [(2, 128), (1, 256)])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SPLIT_TYPES = "PPPPPiiTiiii"
 SPLITS = (2, 4, 8)  # blocks of a cluster of product_split.cu
 SPLIT_STAGES = 8  # most of them, past which nothing is gained
 BOX_ROWS = 32  # of x, that wgmma_tiles.cuh copies at once
+WGMMA_ROWS = 256  # of x, that a tile of product_wgmma.cu has at most, or half of it with two strips to a warp
 WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
 ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
 ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
@@ -103,9 +104,9 @@ def strip_tile_bytes(family: Family) -> int:
     return sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
 
 
-def wgmma_stages(family: Family) -> tuple[int, int]:
+def wgmma_stages(family: Family, strips: int) -> tuple[int, int]:
     """How many stages of product_wgmma.cu shared memory holds, and their bytes with their barriers, to be aligned."""
-    stage = 128 * 64 * 2 + 8 * wgmma_strips(family)[-1] * strip_tile_bytes(family) + 16
+    stage = WGMMA_ROWS // strips * 64 * 2 + 8 * strips * strip_tile_bytes(family) + 16
     num_stages = (WGMMA_SHARED - 1024) // stage
     return num_stages, num_stages * stage + 1024
 
@@ -127,15 +128,15 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
             (f"product_rows_{tiles}_{suffix}", f"product_rows_{tiles}", ROWS_TYPES) for tiles in PRODUCT_TILES
         ],
         Module("product_tiled", constants): [(f"product_tiled_{suffix}", "product_tiled", TILED_TYPES)],
-        Module("product_wgmma", (*constants, ("NUM_STAGES", wgmma_stages(family)[0]))): [
-            (f"product_wgmma_{strips}_{suffix}", f"product_wgmma_{strips}", WGMMA_TYPES)
-            for strips in wgmma_strips(family)
-        ],
         Module("product_split", (*constants, ("NUM_STAGES", split_stages(family)[0]))): [
             (f"product_split_{blocks}_{suffix}", f"product_split_{blocks}", SPLIT_TYPES) for blocks in SPLITS
         ],
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }
+    for strips in wgmma_strips(family):
+        stages = wgmma_stages(family, strips)[0]
+        module = Module("product_wgmma", (*constants, ("WARP_STRIPS", strips), ("NUM_STAGES", stages)))
+        modules[module] = [(f"product_wgmma_{strips}_{suffix}", "product_wgmma", WGMMA_TYPES)]
     if family in EXACT:
         entries = ["product_summed", *(f"product_one_{epilogue}" for epilogue in EPILOGUES)]
         module = Module("product_one", (*constants, ("WARPS", ONE_WARPS), ("DEPTH", ONE_DEPTH)))

@@ -30,9 +30,9 @@ from services.executor.cuda.products import (
     HOPPER_GROUPED_ROWS,
     HOPPER_SMALL_ROWS,
     MANY_ROWS,
-    TILED_ROWS,
     Products,
     most_group_rows,
+    most_spread_rows,
 )
 from services.executor.cuda.weights import ExpertMatrices, Matrix, Vector
 from services.executor.cuda.workspace import Workspace
@@ -182,7 +182,8 @@ class CudaOps:
         pairs = num_rows * num_used
         if not (isinstance(x, Normed) and num_rows <= FEW_ROWS):
             x = self.halves(x, num_rows > HOPPER_GROUPED_ROWS)
-        group_rows = TILED_ROWS if isinstance(x, Halves) and x.is_spread else most_group_rows(num_rows)
+        is_spread = isinstance(x, Halves) and x.is_spread
+        group_rows = most_spread_rows(pairs, num_experts) if is_spread else most_group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
             assert pairs <= SORTED_PAIRS

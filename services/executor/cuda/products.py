@@ -17,6 +17,7 @@ from services.executor.cuda.kernels import (
     ONE_DEPTH,
     ONE_WARPS,
     PRODUCT_TILES,
+    WGMMA_ROWS,
     split_stages,
     wgmma_stages,
     wgmma_strips,
@@ -36,6 +37,7 @@ SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
 HOPPER_GROUPED_ROWS = 128  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+HIGH_ROWS = 112  # of an expert on average, past which its tiles are high rather than wide
 GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 TILED_ROWS = 128  # of a block of product_tiled.cu
@@ -125,7 +127,8 @@ class Products:
         if x.is_spread:
             rows = self._gather(x, row_ids, routing.num_pairs) if row_ids else x
             addresses = (*planes, address)
-            self._launch_wgmma(family, rows, addresses, groups, (pitch, routing.num_pairs, *sizes), num_groups)
+            numbers = (pitch, routing.num_pairs, *sizes)
+            self._launch_wgmma(family, rows, addresses, groups, numbers, num_groups, routing.group_rows)
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
@@ -298,8 +301,10 @@ class Products:
         groups: int,
         numbers: tuple[int, ...],  # pitch, rows, outputs, column tiles, epilogue, strips
         num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
+        group_rows: int = 0,  # of a group at most
     ) -> None:
-        num_strips, strips, rows = numbers[-1], wgmma_strips(family)[-1], TILED_ROWS
+        num_strips, rows = numbers[-1], group_rows
+        strips = max(strips for strips in wgmma_strips(family) if strips * group_rows <= WGMMA_ROWS)
         if num_groups == 0:
             strips, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
         num_row_tiles = num_groups or -(-x.num_rows // rows)
@@ -311,7 +316,7 @@ class Products:
             *addresses,
             self._map(x),
             *(groups, *numbers, rows, num_row_tiles),
-            shared_bytes=wgmma_stages(family)[1],
+            shared_bytes=wgmma_stages(family, strips)[1],
         )
 
     def _takes_one(self, family: Family, num_parts: int, matrix: Matrix | ExpertMatrices) -> bool:
@@ -333,6 +338,11 @@ def most_group_rows(num_rows: int) -> int:
     if num_rows > GROUPED_ROWS:
         return TILED_ROWS
     return next(group_rows for limit, group_rows in GROUP_LIMITS if num_rows <= limit)
+
+
+def most_spread_rows(num_pairs: int, num_experts: int) -> int:
+    """The same for product_wgmma.cu, which takes so many with one strip to a warp, or half with two."""
+    return WGMMA_ROWS if num_pairs > HIGH_ROWS * num_experts else WGMMA_ROWS // 2
 
 
 def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from services.executor.cuda.kernels import SPLITS, strip_tile_bytes, wgmma_strips
+from services.executor.cuda.kernels import SPLITS, WGMMA_ROWS, strip_tile_bytes, wgmma_strips
 from shared.cuda_layout import Family
 
-TILE_ROWS = (32, 64, 96, 128)  # of x, that a tile of product_wgmma.cu can have
+TILE_ROWS = tuple(range(32, WGMMA_ROWS + 1, 32))  # of x, that a tile of product_wgmma.cu can have
 STRIP_GROUP = 8  # warps that multiply; each takes one or two strips
-ROUND_BYTES = 20.0  # that the second cache gives a multiprocessor in a cycle
+ROUND_BYTES = 40.0  # that the second cache gives a multiprocessor in a cycle
+OVERHEAD = 450.0, 130.0  # cycles of a stage beside its products, and of each strip; they overlap little
 START = 4096.0  # cycles of a tile beside its columns: until the first comes, and for its sums to be stored
 
 
@@ -28,9 +29,10 @@ def choose_tile(
         # A tensor core multiplies 16 outputs, 64 columns and 32 rows in 16 cycles; there are four.
         multiply = strips * STRIP_GROUP * rows / 2
         fetch = (rows * 128 + strips * STRIP_GROUP * tile_bytes) / ROUND_BYTES
-        return rounds * (column_tiles * max(multiply, fetch) + START)
+        return rounds * (column_tiles * max(multiply + OVERHEAD[0] + OVERHEAD[1] * strips, fetch) + START)
 
-    return min(((strips, rows) for strips in wgmma_strips(family) for rows in TILE_ROWS), key=cycles)
+    choices = ((strips, rows) for strips in wgmma_strips(family) for rows in TILE_ROWS if strips * rows <= WGMMA_ROWS)
+    return min(choices, key=cycles)
 
 
 def choose_split(num_strips: int, column_tiles: int, num_multiprocessors: int) -> int:

@@ -14,9 +14,27 @@
 constexpr int NUM_WARPS = 8;
 constexpr int DEPTH = 32768 / NUM_WARPS / SLOT_BYTES > 1 ? 32768 / NUM_WARPS / SLOT_BYTES : 2;  // slots of a ring
 
+// Whether the next tile's x is on its way while this one's is multiplied; for more rows the registers do not hold it.
 template <int NUM_TILES>
-__device__ __forceinline__ void multiply_tile(const Tile& tile, const __half* x, const int (&offsets)[NUM_TILES],
-                                              int column, int count, float (&sums)[NUM_TILES][4]) {
+constexpr bool IS_AHEAD = NUM_TILES <= 2;
+
+// What a lane needs of x: for each 8 rows its 8 columns of both blocks of a tile, next where they lie.
+template <int NUM_TILES>
+struct Rows {
+    const __half* next[NUM_TILES];
+    uint4 b[2][NUM_TILES];
+
+    __device__ __forceinline__ void load(int block, int n) {
+        b[block][n] = *reinterpret_cast<const uint4*>(next[n] + block * 32);
+    }
+};
+
+template <int NUM_TILES>
+__device__ __forceinline__ void multiply_tile(const Tile& tile, Rows<NUM_TILES>& x, int count, bool is_last,
+                                              float (&sums)[NUM_TILES][4]) {
+    if (IS_AHEAD<NUM_TILES>)
+#pragma unroll
+        for (int n = 0; n < NUM_TILES; n++) x.next[n] += 64;
 #pragma unroll
     for (int block = 0; block < 2; block++) {
         uint32_t low[4], high[4];
@@ -26,7 +44,8 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const __half* x,
 #pragma unroll
         for (int n = 0; n < NUM_TILES; n++) {
             if (n > 0 && n * 8 >= count) break;
-            const uint4 b = *reinterpret_cast<const uint4*>(x + offsets[n] + column + block * 32);
+            if (!IS_AHEAD<NUM_TILES>) x.load(block, n);
+            const uint4& b = x.b[block][n];
             if (IS_SCALED) {
                 float c[4];
                 multiply(c, low[0], high[0], low[1], high[1], b.x, b.y);
@@ -39,8 +58,12 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const __half* x,
                 multiply_add(sums[n], low[0], high[0], low[1], high[1], b.x, b.y);
                 multiply_add(sums[n], low[2], high[2], low[3], high[3], b.z, b.w);
             }
+            if (IS_AHEAD<NUM_TILES> && !is_last) x.load(block, n);
         }
     }
+    if (!IS_AHEAD<NUM_TILES>)
+#pragma unroll
+        for (int n = 0; n < NUM_TILES; n++) x.next[n] += 64;
 }
 
 template <int NUM_TILES>
@@ -75,18 +98,19 @@ __device__ __forceinline__ void product(const Planes& planes, const Output& out,
     if (count == 0) return;
 
     float sums[NUM_TILES][4] = {};
-    int offsets[NUM_TILES];
+    Rows<NUM_TILES> rows;
 #pragma unroll
     for (int n = 0; n < NUM_TILES; n++) {
         const int row = start + (n * 8 + g < count ? n * 8 + g : 0);
-        offsets[n] = (row_ids == nullptr ? row : row_ids[row]) * x_pitch + t * 8;
+        rows.next[n] = x + static_cast<size_t>(row_ids == nullptr ? row : row_ids[row]) * x_pitch + first * 64 + t * 8;
+        if (IS_AHEAD<NUM_TILES> && first < last && (n == 0 || n * 8 < count)) rows.load(0, n), rows.load(1, n);
     }
     char* slot = ring;
     for (int column_tile = first; column_tile < last; column_tile++) {
         await_copies<DEPTH - 1>();
         Tile tile;
         read_tile(tile, slot, lane);
-        multiply_tile(tile, x, offsets, column_tile * 64, count, sums);
+        multiply_tile(tile, rows, count, column_tile + 1 == last, sums);
         if (to_copy-- > 0) stream.copy(slot, lane);
         end_copies();
         slot = slot + SLOT_BYTES == ring + DEPTH * SLOT_BYTES ? ring : slot + SLOT_BYTES;

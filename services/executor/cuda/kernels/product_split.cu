@@ -25,6 +25,7 @@ struct Product {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int MAX_ROWS = 64;
 constexpr int MAX_STRIPS = 1;  // of a warp
+constexpr bool TAKES_TURNS = false;
 constexpr int STRIPS = 8;      // of a tile
 #include "wgmma_tiles.cuh"
 

@@ -1,11 +1,12 @@
-// Products of many rows on Hopper: out = epilogue(x @ matrix + bias), in tiles of up to 128 rows by 256 outputs.
+// Products of many rows on Hopper: out = epilogue(x @ matrix + bias), in tiles of up to 256 / STRIPS rows by 128 STRIPS
+// outputs, STRIPS (-D WARP_STRIPS) 1 or 2: high tiles decode a weight once for more rows.
 //
-// Four warps copy x and the matrix to shared memory, two groups of four multiply (wgmma_tiles.cuh). What is written in
-// half for the next product is spread as x is. Both groups read the same stages but do not wait for each other, so that
-// one multiplies while the other stores. Blocks stay and take one tile after another; the copies run ahead across tiles.
+// Four warps copy x and the matrix to shared memory, two groups of four multiply, in turns (wgmma_tiles.cuh). What is
+// written in half for the next product is spread as x is. Blocks stay and take one tile after another; the copies run ahead
+// across tiles.
 //
 // Weights round as wgmma_tiles.cuh says. Sums are in float, over the columns in order; a row's do not depend on other rows.
-// Grouped (experts): as in product.cu, groups of at most 128 rows, which lie in x in the order of the groups.
+// Grouped (experts): as in product.cu, groups of at most 256 / STRIPS rows, which lie in x in the order of the groups.
 // Launch: grid (min(multiprocessors, tiles)), 384 threads, dynamic shared memory for NUM_STAGES (a -D); sm_90a.
 // Moves: the matrix once for each row tile or group, x once for each 128 STRIPS outputs.
 #include "epilogue.cuh"
@@ -24,18 +25,16 @@ struct Product {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int MAX_ROWS = 128;
-constexpr int MAX_STRIPS = FAMILY <= 1 ? 2 : 1;  // of a warp, for which it has registers
+constexpr int STRIPS = WARP_STRIPS, MAX_STRIPS = STRIPS, MAX_ROWS = 256 / STRIPS;  // for whose sums there are registers
+constexpr bool TAKES_TURNS = true;
 #include "wgmma_tiles.cuh"
 
-constexpr int BAND = 16;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
-constexpr int LAG = 3;    // stages that one group keeps behind the other
+constexpr int BAND = 2048 / MAX_ROWS;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
 
 struct Work {
     int expert, start, count, first_strip;
 };
 
-template <int STRIPS>
 __device__ __forceinline__ Work find_work(const Product& product, int tile) {
     constexpr int TILE_STRIPS = 8 * STRIPS;
     const int across = (product.num_strips + TILE_STRIPS - 1) / TILE_STRIPS;
@@ -49,7 +48,6 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
     return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * TILE_STRIPS};
 }
 
-template <int STRIPS>
 __device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
     const int column_tiles = product.column_tiles, num_strips = product.num_strips - work.first_strip;
     const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + work.first_strip) * column_tiles;
@@ -115,24 +113,24 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         }
         float* values = static_cast<float*>(out.values) + first;
 #pragma unroll
-        for (int j = 0; j < MAX_ROWS / 8; j += 4) {
-            // All that are added to are read before the first is written, else each would wait for the last.
-            float before[8] = {};
+        for (int j = 0; j < MAX_ROWS / 8; j += 2) {
+            // All four that are added to are read before the first is written, else each would wait for the last.
+            float* const rows[4] = {values, values + out.pitch, values + 8 * static_cast<size_t>(out.pitch),
+                                    values + 9 * static_cast<size_t>(out.pitch)};
+            float before[4] = {};
             if (out.epilogue == RESIDUAL)
 #pragma unroll
-                for (int i = 0; i < 8; i++)
-                    if (8 * (j + i / 2) + 2 * t + i % 2 < work.count)
-                        before[i] = values[static_cast<size_t>(8 * (j + i / 2) + i % 2) * out.pitch];
+                for (int i = 0; i < 4; i++)
+                    if (8 * (j + i / 2) + 2 * t + i % 2 < work.count) before[i] = *rows[i];
 #pragma unroll
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 4; i++)
                 if (8 * (j + i / 2) + 2 * t + i % 2 < work.count)
-                    values[static_cast<size_t>(8 * (j + i / 2) + i % 2) * out.pitch] =
-                        sums[4 * (j + i / 2) + 2 * upper + i % 2] * factor + bias + before[i];
+                    *rows[i] = sums[4 * (j + i / 2) + 2 * upper + i % 2] * factor + bias + before[i];
+            values += 16 * static_cast<size_t>(out.pitch);
         }
     }
 }
 
-template <int STRIPS>
 __device__ __forceinline__ void multiply(const Product& product, const Work& work, Ring& ring) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column_tiles = product.column_tiles;
     const int first = (warp / 4 - NUM_COPIERS / 128) * 4 * STRIPS + warp % 4;  // of the tile's strips; the next is 4 on
@@ -150,7 +148,6 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], sums[s]);
 }
 
-template <int STRIPS>
 __device__ __forceinline__ void run(const Product& product) {
     extern __shared__ char memory[];
     Ring ring((shared_address(memory) + 1023) & ~1023u);
@@ -163,27 +160,21 @@ __device__ __forceinline__ void run(const Product& product) {
     if (threadIdx.x < NUM_COPIERS) {
         leave_registers<40>();
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-            const Work work = find_work<STRIPS>(product, tile);
-            if (work.count > 0) copy_tiles<STRIPS>(product, work, ring);
+            const Work work = find_work(product, tile);
+            if (work.count > 0) copy_tiles(product, work, ring);
         }
         return;
     }
     take_registers<232>();
-    // One group keeps behind the other, and multiplies alone while that one stores its sums.
-    bool is_ahead = threadIdx.x >= NUM_COPIERS + 128 && product.column_tiles > LAG;
+    if (threadIdx.x >= NUM_COPIERS + 128) pass_turn(0);
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const Work work = find_work<STRIPS>(product, tile);
-        if (work.count == 0) continue;
-        // A block may have no work at all, and then no stage ever comes.
-        if (is_ahead) await_barrier(ring.full + LAG * 8, 0);
-        is_ahead = false;
-        multiply<STRIPS>(product, work, ring);
+        const Work work = find_work(product, tile);
+        if (work.count > 0) multiply(product, work, ring);
     }
 }
 
 #else
 
-template <int STRIPS>
 __device__ __forceinline__ void run(const Product& product) {
     __trap();  // other architectures take product_tiled.cu
 }
@@ -191,16 +182,10 @@ __device__ __forceinline__ void run(const Product& product) {
 #endif
 
 // What comes before the map has 48 bytes, since parameters begin 16 past a multiple of the 64 that it wants.
-#define PRODUCT(STRIPS)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma_##STRIPS(                              \
-        const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias,          \
-        void* values, const __grid_constant__ TensorMap rows, const int4* groups, int pitch, int num_rows,            \
-        int num_outputs, int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {          \
-        run<STRIPS>({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, &rows, groups,  \
-                     num_rows, column_tiles, num_strips, tile_rows, num_row_tiles});                                  \
-    }
-
-PRODUCT(1)
-#if FAMILY <= 1  // of wider weights the registers do not hold two strips
-PRODUCT(2)
-#endif
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma(
+    const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias, void* values,
+    const __grid_constant__ TensorMap rows, const int4* groups, int pitch, int num_rows, int num_outputs,
+    int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {
+    run({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, &rows, groups, num_rows,
+         column_tiles, num_strips, tile_rows, num_row_tiles});
+}

@@ -21,6 +21,13 @@ __device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (
 #define WGMMA_N36 WGMMA_N32 ", %32, %33, %34, %35"
 #define WGMMA_N48 WGMMA_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_N64 WGMMA_N48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_N80 WGMMA_N64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_N96 WGMMA_N80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_N112 WGMMA_N96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_N128 \
+    WGMMA_N112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_D64 WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32), WGMMA_D16(48)
+#define WGMMA_D128 WGMMA_D64, WGMMA_D16(64), WGMMA_D16(80), WGMMA_D16(96), WGMMA_D16(112)
 #define WGMMA(COLUMNS, SIZE, NUMBERS, A, B, IS_ADDED, ...)                                                         \
     template <>                                                                                                    \
     __device__ __forceinline__ void start_product<COLUMNS, SIZE>(float(&d)[SIZE], const uint32_t(&a)[4],           \
@@ -38,7 +45,15 @@ WGMMA(32, 64, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
 WGMMA(64, 64, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
 WGMMA(72, 36, WGMMA_N36, "%36, %37, %38, %39", "%40", "%41", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D4(32))
 WGMMA(96, 64, WGMMA_N48, "%48, %49, %50, %51", "%52", "%53", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32))
-WGMMA(128, 64, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32), WGMMA_D16(48))
+WGMMA(128, 64, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D64)
+WGMMA(32, 128, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(64, 128, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
+WGMMA(96, 128, WGMMA_N48, "%48, %49, %50, %51", "%52", "%53", WGMMA_D16(0), WGMMA_D16(16), WGMMA_D16(32))
+WGMMA(128, 128, WGMMA_N64, "%64, %65, %66, %67", "%68", "%69", WGMMA_D64)
+WGMMA(160, 128, WGMMA_N80, "%80, %81, %82, %83", "%84", "%85", WGMMA_D64, WGMMA_D16(64))
+WGMMA(192, 128, WGMMA_N96, "%96, %97, %98, %99", "%100", "%101", WGMMA_D64, WGMMA_D16(64), WGMMA_D16(80))
+WGMMA(224, 128, WGMMA_N112, "%112, %113, %114, %115", "%116", "%117", WGMMA_D64, WGMMA_D16(64), WGMMA_D16(80), WGMMA_D16(96))
+WGMMA(256, 128, WGMMA_N128, "%128, %129, %130, %131", "%132", "%133", WGMMA_D128)
 
 // b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes as tensor maps call it: each column's 64
 // inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices 16 i on begin 32 i bytes further.
@@ -104,6 +119,10 @@ __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity)
             : "memory");
     } while (!is_over);
 }
+
+// Two groups of four warps take turns: wait for this group's, which the other one passes on.
+__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
+__device__ __forceinline__ void pass_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory"); }
 
 // A cluster's blocks: how many, and which one this is.
 __device__ __forceinline__ int cluster_size() {

@@ -8,8 +8,8 @@
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
 //
-// What includes this says before: NUM_THREADS of a block, MAX_ROWS of a stage and MAX_STRIPS, the most of a warp;
-// NUM_STAGES is a -D.
+// What includes this says before: NUM_THREADS of a block, MAX_ROWS of a stage, MAX_STRIPS, the most of a warp, and whether
+// the two groups take turns; NUM_STAGES is a -D.
 #pragma once
 
 #include "weights.cuh"
@@ -43,7 +43,7 @@ struct Ring {
     __device__ __forceinline__ void make_barriers() const {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
             make_barrier(full + stage * 8, NUM_COPIERS + 1);  // the threads' weights, and x
-            make_barrier(empty + stage * 8, (NUM_THREADS - NUM_COPIERS) / 32);
+            make_barrier(empty + stage * 8, NUM_THREADS - NUM_COPIERS);  // all that read: racecheck counts on it
         }
     }
 
@@ -195,69 +195,77 @@ __device__ __forceinline__ float factor_of(int largest) {
 #endif
 }
 
-// The products of a block of 32 columns, for ROWS rows.
+// How many blocks of 32 columns have their products started together: with two strips the registers do not hold a whole
+// stage's operands beside those that products are still reading.
+template <int STRIPS>
+constexpr int NUM_BLOCKS = STRIPS == 1 ? 2 : 1;
+
+// A warp's weights of so many blocks as wgmma's a, 16 columns at a time.
+template <int STRIPS>
+using Operands = uint32_t[STRIPS][NUM_BLOCKS<STRIPS>][2][4];
+
+// The products of such blocks, for ROWS rows.
 template <int STRIPS, int ROWS>
-__device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 2], const uint32_t (&a)[STRIPS][2][4],
-                                               uint64_t b, int is_added) {
+__device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 2], const Operands<STRIPS>& a, uint64_t b,
+                                               int is_added) {
     before_products();
 #pragma unroll
-    for (int step = 0; step < 2; step++)
+    for (int step = 0; step < 2 * NUM_BLOCKS<STRIPS>; step++)
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++) start_product<ROWS>(sums[s], a[s][step], b + step * 2, is_added + step);
+        for (int s = 0; s < STRIPS; s++)
+            start_product<ROWS>(sums[s], a[s][step / 2][step % 2], b + step * 2, is_added + step);
     commit_products();
 }
 
-// The same for as few rows of those that products come in as hold `count`.
-template <int STRIPS>
-__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][MAX_ROWS / 2], const uint32_t (&a)[STRIPS][2][4],
-                                           uint64_t b, int is_added, int count) {
-    if constexpr (MAX_ROWS > 64) {
-        if (count > 96) return start_products<STRIPS, 128>(sums, a, b, is_added);
-        if (count > 64) return start_products<STRIPS, 96>(sums, a, b, is_added);
-    }
-    if (count > 32) return start_products<STRIPS, 64>(sums, a, b, is_added);
-    start_products<STRIPS, 32>(sums, a, b, is_added);
+// The same for as few rows, in steps of 32, as hold `count`.
+template <int STRIPS, int ROWS = MAX_ROWS>
+__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][MAX_ROWS / 2], const Operands<STRIPS>& a, uint64_t b,
+                                           int is_added, int count) {
+    if constexpr (ROWS > 32)
+        if (count <= ROWS - 32) return start_rows<STRIPS, ROWS - 32>(sums, a, b, is_added, count);
+    start_products<STRIPS, ROWS>(sums, a, b, is_added);
 }
 
 // The products of the next `num_stages` stages: of `count` rows and STRIPS strips, every fourth from `first` on of a stage.
+// Where groups take turns the second one passes the first.
 template <int STRIPS>
 __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count,
                                                 const int (&largest)[STRIPS][2], float (&sums)[STRIPS][MAX_ROWS / 2]) {
-    const int lane = threadIdx.x % 32;
+    constexpr int NUM_PARTS = 2 / NUM_BLOCKS<STRIPS>;  // of a stage
+    const int lane = threadIdx.x % 32, num_parts = num_stages * NUM_PARTS, group = (threadIdx.x - NUM_COPIERS) / 128;
     Tile tiles[STRIPS];
-    uint32_t a[2][STRIPS][2][4];
-    const auto begin_stage = [&] {
-        await_barrier(ring.full + ring.stage * 8, ring.phase);
-        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+    Operands<STRIPS> a[2];
+    const auto decode_part = [&](int part, Operands<STRIPS>& target) {
+        if (part == 0) {
+            await_barrier(ring.full + ring.stage * 8, ring.phase);
+            const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 0, largest[s], a[0][s]);
-    };
-    begin_stage();
-    int last_stage = -1;
-    for (int done = 0; done < num_stages; done++) {
-        const uint64_t b = operand(ring.x + ring.stage * X_BYTES);
-#pragma unroll
-        for (int block = 0; block < 2; block++) {
-            start_rows<STRIPS>(sums, a[block], b + block * 4, done + block, count);
-            // The products before these are done; while these run, the next ones' weights are decoded. F16 is not: there
-            // the next tile comes to the registers that products read.
-            if (FAMILY == 5 && block == 1)
-                await_products<0>();
-            else
-                await_products<1>();
-            if (block == 0) {
-                if (last_stage >= 0 && lane == 0) arrive(ring.empty + last_stage * 8);
-#pragma unroll
-                for (int s = 0; s < STRIPS; s++) decode_scaled(tiles[s], 1, largest[s], a[1][s]);
-                last_stage = ring.stage;
-                ring.advance();
-            } else if (done + 1 < num_stages) {
-                begin_stage();
-            }
+            for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
         }
-    }
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++)
+#pragma unroll
+            for (int i = 0; i < NUM_BLOCKS<STRIPS>; i++) decode_scaled(tiles[s], part + i, largest[s], target[s][i]);
+    };
+    decode_part(0, a[0]);
+    int last_stage = -1;
+    for (int pair = 0; pair < num_parts; pair += 2)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const int done = pair + odd, part = odd % NUM_PARTS;
+            if (NUM_PARTS == 1 && done == num_parts) break;
+            if (TAKES_TURNS) await_turn(group);
+            start_rows<STRIPS>(sums, a[odd], operand(ring.x + ring.stage * X_BYTES) + part * 4, done, count);
+            if (TAKES_TURNS) pass_turn(1 - group);
+            // The products before these are done; while these run, the next ones' weights are decoded.
+            await_products<1>();
+            if (part == 0) {
+                if (last_stage >= 0) arrive(ring.empty + last_stage * 8);
+                last_stage = ring.stage;
+            }
+            if (part + 1 == NUM_PARTS) ring.advance();
+            if (done + 1 < num_parts) decode_part((part + 1) % NUM_PARTS, a[1 - odd]);
+        }
     await_products<0>();
-    if (lane == 0) arrive(ring.empty + last_stage * 8);
+    arrive(ring.empty + last_stage * 8);
 }
