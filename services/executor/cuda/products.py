@@ -126,9 +126,8 @@ class Products:
             return
         if x.is_spread:
             rows = self._gather(x, row_ids, routing.num_pairs) if row_ids else x
-            addresses = (*planes, address)
-            numbers = (pitch, routing.num_pairs, *sizes)
-            self._launch_wgmma(family, rows, addresses, groups, numbers, num_groups, routing.group_rows)
+            target = (pitch, routing.num_pairs, *sizes)
+            self._launch_wgmma(family, rows, (*planes, address), groups, target, num_groups, routing.group_rows)
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
