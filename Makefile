@@ -81,6 +81,7 @@ bench-gpu: $(VENV)/.installed-cuda  ## Measure kernels, steps, loading and servi
 	$(BIN)/python -m benchmarks.bench_cuda
 	$(BIN)/python -m benchmarks.bench_load_cuda
 	$(BIN)/python -m benchmarks.bench_served_cuda
+	$(BIN)/python -m benchmarks.bench_attention
 	$(BIN)/python -m benchmarks.bench_divergence --device cuda:0
 
 quality: $(VENV)/.installed-dev  ## Measure what each type costs the demo models, as docs/mxfp4.md shows
