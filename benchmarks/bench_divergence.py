@@ -7,7 +7,7 @@ in the middle. On the CPU all give the same tokens. On a GPU the order of sums d
 best logits lie close together the other one may win; and where two experts are all but equally good the other one may
 be chosen, which moves logits much further. Printed for each schedule: tokens compared, up to the first that differs in
 each stream, and how far apart the two best logits lay there when the stream ran alone. Exits with 1 if that is more
-than the margin anywhere.
+than the margin anywhere; of a model with experts that is a reason to look, no proof that something is wrong.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def workspace_bytes(config: GPTConfig, max_rows: int, max_running: int) -> int:
         + config.num_heads * padded_head
     )
     floats = 4 * (3 * config.hidden_size + config.query_size + 2 * config.kv_size + config.head_size)
-    pair = 2 * round_up(config.ffn_size, TILE_COLUMNS) + 4 * config.hidden_size + 32
+    output = max(4 * config.hidden_size, 2 * round_up(config.hidden_size, TILE_COLUMNS))
+    pair = 2 * round_up(config.ffn_size, TILE_COLUMNS) + output + 32
     row = halves + floats + 4 * (config.num_experts + config.num_kv_heads) + pair * max(1, config.num_experts_used)
     logits = (4 * MAX_LOGITS + 12 * max_running + 4 * max_running) * config.vocab_size
     return max_rows * row + logits + SPLIT_BYTES * (padded_head + 2) + (16 << 20)

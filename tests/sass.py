@@ -40,6 +40,11 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
     return subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
+def count_products(sass: str) -> int:
+    """How many there are that `touched_in_flight` knows as such."""
+    return len(PRODUCT.findall(sass))
+
+
 def touched_in_flight(sass: str) -> list[str]:
     """Statements that write a register of a product in flight, or read one of its sums.
 
@@ -102,8 +107,8 @@ def _registers(statement: str) -> tuple[Set[int], Set[int]]:
     opcode, _, operands = statement.partition(" ")
     if NO_TARGET.match(opcode):
         return set(), {int(number) for number in REGISTER.findall(operands)}
-    target, _, others = re.sub(r"^(U?P\d, )+", "", operands).partition(",")
-    size = 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+    target, _, others = re.sub(r"^(!?U?P[T\d], )+", "", operands).partition(",")
+    size = 4 if ".128" in opcode else 2 if re.search(r"\.64|\.WIDE|^CS2R$", opcode) else 1
     written = {int(number) + i for number in REGISTER.findall(target) for i in range(size)}
     return written, {int(number) for number in REGISTER.findall(others)}
 
@@ -129,7 +134,7 @@ def _blocks_of(sass: str) -> dict[str, Block]:
             if target:
                 blocks[label].next.append(target[1])
             following = f"{label}+"
-            if statement.startswith("@") or re.search(r"BRA (\S+ )?!?U?P", statement):
+            if not re.fullmatch(r"EXIT|RET\S* .*|BRA `\(\S+\)", statement):
                 blocks[label].next.append(following)
             label = following
             blocks[label] = Block()

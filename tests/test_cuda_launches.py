@@ -42,9 +42,11 @@ class RecordedDevice:
         self.num_multiprocessors = num_multiprocessors
         self.launches = []
         self.end = 1 << 20
+        self.sizes = {}
 
     def allocate(self, num_bytes):
         address = self.end
+        self.sizes[address] = num_bytes
         self.end += -(-num_bytes // 256) * 256
         return address
 
@@ -52,9 +54,9 @@ class RecordedDevice:
         self.launches.append((name, grid, threads, arguments, shared_bytes))
 
     def map_halves(self, address, num_rows, pitch, box_rows):
-        assert 1 << 20 <= address < self.end
         assert address % 16 == pitch % 64 == 0
         assert num_rows > 0
+        assert num_rows * pitch * 2 <= self.sizes[address]
         return bytes(128)
 
     def upload(self, address, values):
@@ -71,8 +73,11 @@ def in_half(name):
 @pytest.mark.parametrize("gpu", list(GPUS))
 @pytest.mark.parametrize(
     ("config", "type_of"),
-    [(OSS_20B, type_of), (OSS_20B, in_half), (TINY_GPT_OSS, in_half), (TINY_GPT2, in_half)],
-    ids=["gpt-oss-20b", "gpt-oss-20b in half", "tiny gpt-oss", "tiny gpt2"],
+    [
+        *((OSS_20B, type_of), (OSS_20B, in_half), (TINY_GPT_OSS, in_half), (TINY_GPT2, in_half)),
+        (replace(TINY_GPT_OSS, hidden_size=16), in_half),
+    ],
+    ids=["gpt-oss-20b", "gpt-oss-20b in half", "tiny gpt-oss", "tiny gpt2", "16 wide"],
 )
 def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
     for shape in (*map(decoding, DECODING), *(prompt(config, rows) for rows in PROMPTS)):
@@ -97,6 +102,8 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
             assert shared_bytes + 1024 <= device.max_shared_bytes, what
             if name.startswith("product_split"):
                 assert grid[0] % int(name.split("_")[2]) == 0, what  # whole clusters
+            if name.startswith("product_wgmma"):
+                assert int(name.split("_")[2]) * arguments[-2] <= 256, what  # rows of a tile, in shared memory
 
 
 @pytest.mark.parametrize(

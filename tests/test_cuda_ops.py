@@ -56,7 +56,7 @@ def spread(values):
 
 def skip_unless_hopper(device):
     if device.capability != (9, 0):
-        pytest.skip("product_wgmma.cu runs on devices of compute capability 9.0")
+        pytest.skip("products of warpgroups run on devices of compute capability 9.0")
 
 
 def product_bound(x, weights, type, is_spread=False):

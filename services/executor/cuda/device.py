@@ -26,7 +26,6 @@ from shared.errors import Reason, ServiceError
 log = logging.getLogger(__name__)
 
 Grid = tuple[int, int, int]
-Argument = int | float | bytes
 # Kernels that hold more in shared memory than a block gets unasked. They also divide a multiprocessor's memory alike:
 # kernels that do not can't be on it at the same time, and none could start while the one before it ends.
 SHARING = ("product", "attention_decode", "attention_wgmma", "normed_route")

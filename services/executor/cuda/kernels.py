@@ -50,11 +50,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
     modules: dict[Module, Sequence[Entry]] = {
         Module("norm"): [("rms_norm", "rms_norm", "PPPiif"), ("layer_norm", "layer_norm", "PPPPiif")],
         Module("norm_many"): [("rms_norm_many", "rms_norm_many", "PPPiifi")],
-        Module("rows"): [
-            ("add", "add", "PPi"),
-            ("gather", "gather", "PPPi"),
-            ("gather_halves", "gather_halves", "PPPi"),
-        ],
+        ROWS: ROWS_ENTRIES,
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,

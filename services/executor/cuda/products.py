@@ -1,8 +1,8 @@
 """Products on a GPU: which kernel runs one, by its rows and its matrix, and how it is launched.
 
 By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_tiled.cu). On a Hopper up
-to 16 (product_rows.cu), up to 64 with few outputs (product_split.cu), more (product_wgmma.cu). Experts' rows are in
-groups of one expert, and the group's rows decide.
+to 16 (product_rows.cu), up to 64 with few outputs (product_split.cu), else product_wgmma.cu. Experts' rows are in
+groups of one expert, and the group's rows decide; on a Hopper with more than 128 rows it is product_wgmma.cu.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
+HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
 HOPPER_GROUPED_ROWS = 128  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
-HIGH_ROWS = 112  # of an expert on average, past which its tiles are high rather than wide
 GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
+HIGH_ROWS = 112  # of an expert on average, past which product_wgmma.cu's tiles are high rather than wide
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
@@ -46,7 +47,6 @@ NUM_WARPS = 8  # of a block of product.cu and product_rows.cu
 MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
-HOPPER_SMALL_ROWS = 16  # the same on Hopper, where the others are better
 MAX_MAPS = 1024  # tensor maps that are kept
 SPLIT_ROWS = 64  # most that product_split.cu takes at once
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
@@ -340,7 +340,7 @@ def most_group_rows(num_rows: int) -> int:
 
 
 def most_spread_rows(num_pairs: int, num_experts: int) -> int:
-    """The same for product_wgmma.cu, which takes so many with one strip to a warp, or half with two."""
+    """The same for product_wgmma.cu: 256 where experts have many, else 128, which leave room for two strips."""
     return WGMMA_ROWS if num_pairs > HIGH_ROWS * num_experts else WGMMA_ROWS // 2
 
 

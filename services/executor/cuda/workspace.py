@@ -41,7 +41,9 @@ class Workspace:
         self.partials = floats(MAX_PARTIALS, 32 * (head_size + 2))
         self.counters = device.allocate(4 * max_rows * config.num_kv_heads)
         if config.num_experts:
-            self.outputs = floats(pairs, config.hidden_size)
+            # On Hopper first what gate and up read, in half (products.py), then what down writes, in float.
+            row_bytes = max(4 * config.hidden_size, 2 * round_up(config.hidden_size, TILE_COLUMNS))
+            self.outputs = device.allocate(pairs * row_bytes)
             self.router_logits = floats(max_rows, config.num_experts)
             self.route_counter = device.allocate(4)
             self.expert_ids, self.row_ids, self.pair_places = (device.allocate(4 * pairs) for _ in range(3))

@@ -124,12 +124,7 @@ __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity)
 __device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
 __device__ __forceinline__ void pass_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + group) : "memory"); }
 
-// A cluster's blocks: how many, and which one this is.
-__device__ __forceinline__ int cluster_size() {
-    int size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
+// Which of its cluster's blocks this is.
 __device__ __forceinline__ int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
