@@ -25,8 +25,8 @@ struct Product {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int MAX_ROWS = 64;
 constexpr int MAX_STRIPS = 1;  // of a warp
-constexpr bool TAKES_TURNS = false;
 constexpr int STRIPS = 8;      // of a tile
+constexpr bool TAKES_TURNS = false;
 #include "wgmma_tiles.cuh"
 
 constexpr int SUMS_BYTES = MAX_ROWS / 8 * (NUM_THREADS - NUM_COPIERS) * 16;

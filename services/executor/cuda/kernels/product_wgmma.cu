@@ -29,7 +29,8 @@ constexpr int STRIPS = WARP_STRIPS, MAX_STRIPS = STRIPS, MAX_ROWS = 256 / STRIPS
 constexpr bool TAKES_TURNS = true;
 #include "wgmma_tiles.cuh"
 
-constexpr int BAND = 2048 / MAX_ROWS;  // row tiles that pass all outputs before the next ones come: their x stays in the second cache
+// Row tiles that pass all outputs before the next ones come: their x stays in the second cache.
+constexpr int BAND = 2048 / MAX_ROWS;
 
 struct Work {
     int expert, start, count, first_strip;

@@ -56,7 +56,8 @@ WGMMA(224, 128, WGMMA_N112, "%112, %113, %114, %115", "%116", "%117", WGMMA_D64,
 WGMMA(256, 128, WGMMA_N128, "%128, %129, %130, %131", "%132", "%133", WGMMA_D128)
 
 // b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes as tensor maps call it: each column's 64
-// inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices 16 i on begin 32 i bytes further.
+// inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices
+// 16 i on begin 32 i bytes further.
 __device__ __forceinline__ uint64_t operand(uint32_t address) {
     constexpr uint64_t SWIZZLE_128 = 1ull << 62, EIGHT_COLUMNS = 1024 / 16;
     return SWIZZLE_128 | EIGHT_COLUMNS << 32 | 1ull << 16 | (address & 0x3FFFF) / 16;
