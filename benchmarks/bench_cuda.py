@@ -55,7 +55,7 @@ def run(device: Device, config: GPTConfig, is_quick: bool) -> None:
     bandwidth = measure_bandwidth(device)
     print(f"{device.name}, sm_{device.capability[0]}{device.capability[1]}, reads {bandwidth / 1e12:.2f} TB/s")
     planned = plan_random(config)
-    weights = CudaWeights(config, planned.tensors, fill_randomly(device, planned))
+    weights = CudaWeights(config, planned.tensors, fill_randomly(device, planned), device)
     num_blocks = KV_TOKENS // BLOCK_SIZE
     start = time.perf_counter()
     groups = {"full": num_blocks, "window": num_blocks}
@@ -74,7 +74,7 @@ def run(device: Device, config: GPTConfig, is_quick: bool) -> None:
     for num_tokens in (512,) if is_quick else (512, 2048, 8192):
         seconds = time_prefill(runner, config, num_tokens)
         print(f"{num_tokens:8} {seconds * 1e3:7.1f} {num_tokens / seconds:7.0f}")
-    for num_streams, context in ((1, 1024), (64, 512)):
+    for num_streams, context in ((1, 1024), (64, 512), (256, 256)):
         print(f"\nkernels of a decoding step, {num_streams} streams, context {context}")
         print_kernels(device, runner, decode_batch(config, num_streams, context))
     print("\nkernels of a prefill step of 2048 tokens")

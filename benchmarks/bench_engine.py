@@ -127,7 +127,7 @@ def measure_on_gpu(
     try:
         config = replace(GPT_OSS_20B, num_layers=num_layers)
         planned = bench_cuda.plan_random(config)
-        weights = CudaWeights(config, planned.tensors, bench_cuda.fill_randomly(device, planned))
+        weights = CudaWeights(config, planned.tensors, bench_cuda.fill_randomly(device, planned), device)
         num_blocks = {FULL: NUM_BLOCKS, WINDOW: NUM_BLOCKS}
         runner = CudaRunner(device, weights, BLOCK_SIZE, num_blocks, 2048, max_sequences=256)
         for num_streams in streams:

@@ -24,10 +24,10 @@ from services.executor.cuda.kernels import (
     ROWS,
     ROWS_ENTRIES,
     SPLITS,
+    WGMMA_TILES,
     product_modules,
     split_stages,
     wgmma_stages,
-    wgmma_strips,
 )
 from services.executor.cuda.products import SLOT_BYTES
 from shared.cuda_layout import TILES, Family
@@ -60,6 +60,12 @@ class Weights:
         self.addresses = [device.allocate(part.nbytes) for part in (self.quants, self.scales, self.bias)]
         for address, part in zip(self.addresses, (self.quants, self.scales, self.bias), strict=True):
             device.upload(address, part)
+        self.largest = 0
+        if family == Family.MXFP4:
+            strips = num_experts * num_strips
+            self.largest = device.allocate(16 * strips)
+            grid = (-(-strips // 8), 1, 1)
+            device.launch("largest", grid, 256, self.addresses[1], self.largest, strips, self.column_tiles)
         device.synchronize()
 
     def strip(self, expert: int, strip: int) -> Array:
@@ -143,23 +149,24 @@ class Problem:
         name = f"product_tiled_{self.weights.family.name}"
         self.device.launch(name, grid, 256, *addresses, self.pitch_in, *self.numbers)
 
-    def run_wgmma(self, strips_per_warp: int, tile_rows: int) -> None:
+    def run_wgmma(self, name: str, tile_rows: int) -> None:
         """With what gathers its rows of x, if they are not those of the tokens."""
         quants, scales, bias = self.weights.addresses
         _, x, row_ids, groups = self.addresses
         if self.gathers:
             pieces = self.pitch_in // 8
             self.device.launch("gather_halves", (self.num_rows, 1, 1), 256, x, row_ids, self.gathered, pieces)
+        tile = WGMMA_TILES[name]
         rows = len(self.groups) if self.is_grouped else -(-self.num_rows // tile_rows)
-        tiles = rows * -(-self.weights.num_strips // (8 * strips_per_warp))
+        tiles = rows * -(-self.weights.num_strips // tile.num_strips)
         self.device.launch(
-            f"product_wgmma_{strips_per_warp}_{self.weights.family.name}",
+            f"product_wgmma_{name}_{self.weights.family.name}",
             (min(tiles, self.device.num_multiprocessors), 1, 1),
-            384,
-            *(quants, scales, 0, bias, bias, self.out),
+            tile.threads,
+            *(quants, scales, self.weights.largest, bias, bias, self.out),
             self.map,
             *(groups, *self.numbers, tile_rows, rows),
-            shared_bytes=wgmma_stages(self.weights.family, strips_per_warp)[1],
+            shared_bytes=wgmma_stages(self.weights.family, tile)[1],
         )
 
     def run_rows(self) -> None:
@@ -182,7 +189,7 @@ class Problem:
             f"product_split_{blocks}_{self.weights.family.name}",
             (blocks * -(-self.weights.num_strips // 8), 1, 1),
             384,
-            *(quants, scales, 0, bias, self.out, pitch, rows),
+            *(quants, scales, self.weights.largest, bias, self.out, pitch, rows),
             self.map,
             *sizes,
             shared_bytes=split_stages(self.weights.family)[1],
@@ -224,10 +231,10 @@ def time_us(device: Device, work: Callable[[], None]) -> float:
     return statistics.median(device.measure(work, 2) for _ in range(5))
 
 
-def compare(problem: Problem, name: str, tiles: Sequence[tuple[int, int]], has_tiled: bool = True) -> float:
+def compare(problem: Problem, name: str, tiles: Sequence[tuple[str, int]], has_tiled: bool = True) -> float:
     """The largest error of all ways."""
     works: dict[str, Callable[[], None]] = {"tiled": problem.run_tiled} if has_tiled else {}
-    works |= {f"{128 * strips}x{rows}": functools.partial(problem.run_wgmma, strips, rows) for strips, rows in tiles}
+    works |= {f"{tile} {rows}": functools.partial(problem.run_wgmma, tile, rows) for tile, rows in tiles}
     return run_all(problem, name, works)
 
 
@@ -256,7 +263,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = Device()
     try:
-        worst = run(device, (2048,) if arguments.quick else (128, 256, 512, 2048, 8192))
+        worst = run(device, (64, 256, 2048) if arguments.quick else (64, 128, 256, 512, 2048, 8192))
     finally:
         device.close()
     if worst > MOST_ERROR:
@@ -270,7 +277,6 @@ def run(device: Device, sizes: Sequence[int]) -> float:
     device.load({ROWS: ROWS_ENTRIES})
     for family in (Family.MXFP4, Family.INT8):
         device.load(product_modules(family))
-        assert 2 in wgmma_strips(family)
     print(f"{device.name}: outputs x rows of a tile, microseconds, TFLOP/s")
     matrices = {"q, k, v": (5120, HIDDEN), "o": (HIDDEN, 4096)}
     dense = {name: Weights(device, Family.INT8, 1, -(-out // 16), size) for name, (out, size) in matrices.items()}
@@ -281,14 +287,16 @@ def run(device: Device, sizes: Sequence[int]) -> float:
             errors.append(compare_some_rows(Problem(device, weights, num_rows, STORE), f"{name}, {num_rows}"))
     for num_tokens in sizes:
         for name, weights in dense.items():
-            tiles = [(2, 128), (1, 128), (1, 64)] if num_tokens <= 512 else [(2, 128), (1, 256), (1, 192), (1, 160)]
+            low = [("wide", 128), ("high", 128), ("high", 64), ("low", 64)]
+            tiles = low if num_tokens <= 512 else [("wide", 128), ("high", 256), ("high", 192), ("high", 160)]
             errors.append(compare(Problem(device, weights, num_tokens, STORE), f"{name}, {num_tokens}", tiles))
         for name, weights, epilogue in (("gate and up", gate_up, SWIGLU), ("down", down, STORE)):
-            for group_rows, tiles in ((128, [(2, 128)]), (256, [(1, 256)])):
-                problem = Problem(device, weights, num_tokens, epilogue, group_rows)
-                errors.append(compare(problem, f"{name}, {num_tokens}", tiles, has_tiled=group_rows == 128))
+            for tile in ("low", "wide", "high"):
+                rows = WGMMA_TILES[tile].rows
+                problem = Problem(device, weights, num_tokens, epilogue, rows)
+                errors.append(compare(problem, f"{name}, {num_tokens}", [(tile, rows)], has_tiled=tile == "wide"))
     head = Weights(device, Family.INT8, 1, 201088 // 16, HIDDEN)
-    errors.append(compare(Problem(device, head, 256, STORE), "head, 256", [(2, 128), (1, 256)]))
+    errors.append(compare(Problem(device, head, 256, STORE), "head, 256", [("wide", 128), ("high", 256)]))
     return max(errors)
 
 

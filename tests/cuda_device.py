@@ -72,4 +72,4 @@ def make_weights(device, tensors):
     for tensor, blocks in placed:
         cuda_layout.place(tensor, blocks, [plane_array(plane, memoryview(buffer)) for plane in tensor.planes])
     address = upload(device, np.frombuffer(buffer, np.uint8))
-    return CudaWeights(None, made, [address]), held
+    return CudaWeights(None, made, [address], device), held

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.gpt_oss_file import GPT_OSS_20B, type_of
 from services.executor.cuda.arrays import Epilogue
-from services.executor.cuda.kernels import modules_of
+from services.executor.cuda.kernels import WGMMA_TILES, modules_of
 from services.executor.cuda.kv import KVLayer, Shape, lay_out
 from services.executor.cuda.ops import CudaOps, item_tokens, wide_tokens
 from services.executor.cuda.tiles import choose_split
@@ -103,7 +103,7 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
             if name.startswith("product_split"):
                 assert grid[0] % int(name.split("_")[2]) == 0, what  # whole clusters
             if name.startswith("product_wgmma"):
-                assert int(name.split("_")[2]) * arguments[-2] <= 256, what  # rows of a tile, in shared memory
+                assert arguments[-2] <= WGMMA_TILES[name.split("_")[2]].rows, what  # of a tile, in shared memory
 
 
 @pytest.mark.parametrize(

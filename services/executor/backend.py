@@ -70,7 +70,7 @@ def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: En
     phases.lap("weights")
     runner = CudaRunner(
         device,
-        CudaWeights(manifest.config, manifest.tensors, addresses),
+        CudaWeights(manifest.config, manifest.tensors, addresses, device),
         engine.block_size,
         engine.num_blocks,
         engine.max_batch_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,13 +30,33 @@ SPLIT_TYPES = "PPPPPiiTiiii"
 SPLITS = (2, 4, 8)  # blocks of a cluster of product_split.cu
 SPLIT_STAGES = 8  # most of them, past which nothing is gained
 BOX_ROWS = 32  # of x, that wgmma_tiles.cuh copies at once
-WGMMA_ROWS = 256  # of x, that a tile of product_wgmma.cu has at most, or half of it with two strips to a warp
 WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
 ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
 ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
 ATTENTION_WGMMA_STAGES = 3  # of 128 positions' keys and values, and eight dimensions of ones
 ATTENTION_WGMMA_BYTES = ATTENTION_WGMMA_STAGES * (128 * 64 * 2 + 128 * 72 * 2 + 16) + 1024
 
+
+class WgmmaTile(NamedTuple):
+    """A size of tile that product_wgmma.cu comes in."""
+
+    strips: int  # of a warp
+    groups: int  # of four warps that multiply
+    rows: int  # of x, at most
+
+    @property
+    def num_strips(self) -> int:
+        """Of 16 outputs, that a tile has."""
+        return 4 * self.groups * self.strips
+
+    @property
+    def threads(self) -> int:
+        """Of a block: those that multiply, and 128 that copy."""
+        return 128 + 128 * self.groups
+
+
+# High tiles decode a weight for the most rows, low ones have the most warps that decode.
+WGMMA_TILES = {"high": WgmmaTile(1, 2, 256), "wide": WgmmaTile(2, 2, 128), "low": WgmmaTile(1, 4, 64)}
 
 ROWS = Module("rows")
 ROWS_ENTRIES = [(name, name, types) for name, types in (("add", "PPi"), ("gather", "PPPi"), ("gather_halves", "PPPi"))]
@@ -76,7 +97,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         modules[Module("attention_wgmma", constants)] = [("attention_wgmma", "attention_wgmma", "PPPPPPPiiiiii")]
     if config.num_experts:
         modules[Module("route")] = [
-            ("router", "router", "PPPPiii"),
+            ("router", "router", "PPPPiiii"),
             ("choose_experts", "choose_experts", "PPPiii"),
             ("route", "route", "PPPPPPiiiii"),
             ("normed_route", "normed_route", "PPPPPPPPPPPPiiiiiif"),
@@ -90,9 +111,9 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
     return modules
 
 
-def wgmma_strips(family: Family) -> Sequence[int]:
-    """How many strips a warp of product_wgmma.cu takes; of wide weights the registers hold one."""
-    return (1, 2) if family <= Family.INT8 else (1,)
+def wgmma_tiles(family: Family) -> dict[str, WgmmaTile]:
+    """The tiles of product_wgmma.cu, by name; of two strips of wide weights to a warp registers hold only one."""
+    return {name: tile for name, tile in WGMMA_TILES.items() if family <= Family.INT8 or tile.strips == 1}
 
 
 def strip_tile_bytes(family: Family) -> int:
@@ -100,16 +121,21 @@ def strip_tile_bytes(family: Family) -> int:
     return sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
 
 
-def wgmma_stages(family: Family, strips: int) -> tuple[int, int]:
+def _stage_bytes(family: Family) -> int:
+    """Of a strip, in a stage: with the largest exponents of its rows."""
+    return strip_tile_bytes(family) + (16 if family == Family.MXFP4 else 0)
+
+
+def wgmma_stages(family: Family, tile: WgmmaTile) -> tuple[int, int]:
     """How many stages of product_wgmma.cu shared memory holds, and their bytes with their barriers, to be aligned."""
-    stage = WGMMA_ROWS // strips * 64 * 2 + 8 * strips * strip_tile_bytes(family) + 16
+    stage = tile.rows * 64 * 2 + tile.num_strips * _stage_bytes(family) + 16
     num_stages = (WGMMA_SHARED - 1024) // stage
     return num_stages, num_stages * stage + 1024
 
 
 def split_stages(family: Family) -> tuple[int, int]:
     """The same of product_split.cu, with the sums that a cluster's blocks exchange."""
-    stage = 64 * 64 * 2 + 8 * strip_tile_bytes(family) + 16
+    stage = 64 * 64 * 2 + 8 * _stage_bytes(family) + 16
     sums = 64 * 128 * 4
     num_stages = min(SPLIT_STAGES, (WGMMA_SHARED - 1024 - sums) // stage)
     return num_stages, num_stages * stage + sums + 1024
@@ -129,10 +155,12 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
         ],
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }
-    for strips in wgmma_strips(family):
-        stages = wgmma_stages(family, strips)[0]
-        module = Module("product_wgmma", (*constants, ("WARP_STRIPS", strips), ("NUM_STAGES", stages)))
-        modules[module] = [(f"product_wgmma_{strips}_{suffix}", "product_wgmma", WGMMA_TYPES)]
+    for name, tile in wgmma_tiles(family).items():
+        sizes = (("WARP_STRIPS", tile.strips), ("NUM_GROUPS", tile.groups), ("TILE_ROWS", tile.rows))
+        module = Module("product_wgmma", (*constants, *sizes, ("NUM_STAGES", wgmma_stages(family, tile)[0])))
+        modules[module] = [(f"product_wgmma_{name}_{suffix}", "product_wgmma", WGMMA_TYPES)]
+    if family == Family.MXFP4:
+        modules[Module("largest")] = [("largest", "largest", "PPii")]
     if family in EXACT:
         entries = ["product_summed", *(f"product_one_{epilogue}" for epilogue in EPILOGUES)]
         module = Module("product_one", (*constants, ("WARPS", ONE_WARPS), ("DEPTH", ONE_DEPTH)))

@@ -34,7 +34,7 @@ from services.executor.cuda.products import (
     most_group_rows,
     most_spread_rows,
 )
-from services.executor.cuda.weights import ExpertMatrices, Matrix, Vector
+from services.executor.cuda.weights import HOPPER, ExpertMatrices, Matrix, Vector
 from services.executor.cuda.workspace import Workspace
 from services.executor.ops.numpy_ops import rope_frequencies
 from shared.gpt_config import GPTConfig
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from services.executor.cuda.device import Device
 
 LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
-SORTED_PAIRS = 1024  # of rows and experts, chosen and sorted by one kernel
+ROUTER_ROWS = 256  # past them the router's product is taken by tensor cores
+SORTED_PAIRS = 64  # of rows and experts, chosen and sorted by one kernel
 MAX_SPLITS = 64  # of a decoding step's positions
 MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
 
@@ -62,7 +63,7 @@ class CudaOps:
         self._device, self._config, self._workspace = device, config, workspace
         self._block_size = block_size
         self._products = Products(device, config, workspace)
-        self._is_hopper = device.capability == (9, 0)
+        self._is_hopper = device.capability == HOPPER
         if config.rope is not None:
             frequencies = rope_frequencies(config.rope, config.head_size)
             self._frequencies = device.allocate(frequencies.nbytes)
@@ -199,12 +200,13 @@ class CudaOps:
             )
             return Routing(normed, num_used, pairs, group_rows, max_groups, is_sorted=num_rows > 1)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)
-        if num_rows > MANY_ROWS:
+        if num_rows > ROUTER_ROWS:
             grid = (-(-num_rows // 32), -(-num_experts // 32), 1)
             numbers = (num_rows, num_experts, x.width, x.pitch, x.is_spread)
             device.launch("router_many", grid, 256, *addresses, *numbers)
         else:
-            device.launch("router", (num_experts, -(-num_rows // 8), 1), 256, *addresses, num_rows, x.width, x.pitch)
+            grid = (num_experts, -(-num_rows // 8), 1)
+            device.launch("router", grid, 256, *addresses, num_rows, x.width, x.pitch, x.is_spread)
         routing = Routing(x, num_used, pairs, group_rows, max_groups)
         if pairs <= SORTED_PAIRS:
             self._sort(routing)

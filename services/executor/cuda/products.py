@@ -17,13 +17,13 @@ from services.executor.cuda.kernels import (
     ONE_DEPTH,
     ONE_WARPS,
     PRODUCT_TILES,
-    WGMMA_ROWS,
+    WGMMA_TILES,
     split_stages,
     wgmma_stages,
-    wgmma_strips,
+    wgmma_tiles,
 )
 from services.executor.cuda.tiles import STRIP_GROUP, choose_split, choose_tile
-from services.executor.cuda.weights import ExpertMatrices, Matrix, Part, Vector
+from services.executor.cuda.weights import HOPPER, ExpertMatrices, Matrix, Part, Vector
 from services.executor.cuda.workspace import Workspace
 from shared.cuda_layout import TILE_COLUMNS, Family
 from shared.gpt_config import GPTConfig
@@ -37,9 +37,9 @@ SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
-HOPPER_GROUPED_ROWS = 128  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+HOPPER_GROUPED_ROWS = 16  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
 GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
-HIGH_ROWS = 112  # of an expert on average, past which product_wgmma.cu's tiles are high rather than wide
+LOW_ROWS, HIGH_ROWS = 48, 112  # of an expert on average, past which product_wgmma.cu's tiles are wide, or high
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 TILED_ROWS = 128  # of a block of product_tiled.cu
 MAX_USED = 8  # experts of a row that product_one.cu chooses
@@ -75,7 +75,7 @@ class Products:
 
     def __init__(self, device: Device, config: GPTConfig, workspace: Workspace) -> None:
         self._device, self._config, self._workspace = device, config, workspace
-        self._is_hopper = device.capability == (9, 0)  # where wgmma_tiles.cuh multiplies
+        self._is_hopper = device.capability == HOPPER  # where wgmma_tiles.cuh multiplies
         self._map_halves = functools.lru_cache(MAX_MAPS)(device.map_halves)
 
     def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
@@ -303,19 +303,20 @@ class Products:
         group_rows: int = 0,  # of a group at most
     ) -> None:
         num_strips, rows = numbers[-1], group_rows
-        strips = max(strips for strips in wgmma_strips(family) if strips * group_rows <= WGMMA_ROWS)
+        name = next((name for name, tile in wgmma_tiles(family).items() if tile.rows == group_rows), "high")
         if num_groups == 0:
-            strips, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
+            name, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
+        tile = WGMMA_TILES[name]
         num_row_tiles = num_groups or -(-x.num_rows // rows)
-        num_tiles = num_row_tiles * -(-num_strips // (STRIP_GROUP * strips))
+        num_tiles = num_row_tiles * -(-num_strips // tile.num_strips)
         self._device.launch(
-            f"product_wgmma_{strips}_{family.name}",
+            f"product_wgmma_{name}_{family.name}",
             (min(num_tiles, self._device.num_multiprocessors), 1, 1),
-            384,
+            tile.threads,
             *addresses,
             self._map(x),
             *(groups, *numbers, rows, num_row_tiles),
-            shared_bytes=wgmma_stages(family, strips)[1],
+            shared_bytes=wgmma_stages(family, tile)[1],
         )
 
     def _takes_one(self, family: Family, num_parts: int, matrix: Matrix | ExpertMatrices) -> bool:
@@ -340,8 +341,9 @@ def most_group_rows(num_rows: int) -> int:
 
 
 def most_spread_rows(num_pairs: int, num_experts: int) -> int:
-    """The same for product_wgmma.cu: 256 where experts have many, else 128, which leave room for two strips."""
-    return WGMMA_ROWS if num_pairs > HIGH_ROWS * num_experts else WGMMA_ROWS // 2
+    """The same for product_wgmma.cu: of its tiles, by the rows that an expert has on average."""
+    name = "low" if num_pairs <= LOW_ROWS * num_experts else "wide" if num_pairs <= HIGH_ROWS * num_experts else "high"
+    return WGMMA_TILES[name].rows
 
 
 def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:

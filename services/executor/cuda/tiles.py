@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from services.executor.cuda.kernels import SPLITS, WGMMA_ROWS, strip_tile_bytes, wgmma_strips
+from services.executor.cuda.kernels import SPLITS, strip_tile_bytes, wgmma_tiles
 from shared.cuda_layout import Family
 
-TILE_ROWS = tuple(range(32, WGMMA_ROWS + 1, 32))  # of x, that a tile of product_wgmma.cu can have
-STRIP_GROUP = 8  # warps that multiply; each takes one or two strips
+ROW_STEP = 32  # of rows of x, that a tile of product_wgmma.cu can have
+STRIP_GROUP = 8  # strips of a tile of product_split.cu
 ROUND_BYTES = 40.0  # that the second cache gives a multiprocessor in a cycle
 OVERHEAD = 450.0, 130.0  # cycles of a stage beside its products, and of each strip; they overlap little
 START = 4096.0  # cycles of a tile beside its columns: until the first comes, and for its sums to be stored
@@ -18,21 +18,22 @@ def choose_tile(
     column_tiles: int,
     family: Family,
     num_multiprocessors: int,
-) -> tuple[int, int]:
-    """The strips of a warp and the rows of a tile that product_wgmma.cu is reckoned to take the least time with."""
-    tile_bytes = strip_tile_bytes(family)
+) -> tuple[str, int]:
+    """The tile and its rows with which product_wgmma.cu is reckoned to take the least time."""
+    tile_bytes, tiles = strip_tile_bytes(family), wgmma_tiles(family)
 
-    def cycles(choice: tuple[int, int]) -> float:
-        strips, rows = choice
-        num_tiles = -(-num_strips // (STRIP_GROUP * strips)) * -(-num_rows // rows)
+    def cycles(choice: tuple[str, int]) -> float:
+        (strips, _, _), rows = tiles[choice[0]], choice[1]
+        tile_strips = tiles[choice[0]].num_strips
+        num_tiles = -(-num_strips // tile_strips) * -(-num_rows // rows)
         rounds = -(-num_tiles // num_multiprocessors)
         # A tensor core multiplies 16 outputs, 64 columns and 32 rows in 16 cycles; there are four.
-        multiply = strips * STRIP_GROUP * rows / 2
-        fetch = (rows * 128 + strips * STRIP_GROUP * tile_bytes) / ROUND_BYTES
+        multiply = tile_strips * rows / 2
+        fetch = (rows * 128 + tile_strips * tile_bytes) / ROUND_BYTES
         return rounds * (column_tiles * max(multiply + OVERHEAD[0] + OVERHEAD[1] * strips, fetch) + START)
 
-    choices = ((strips, rows) for strips in wgmma_strips(family) for rows in TILE_ROWS if strips * rows <= WGMMA_ROWS)
-    return min(choices, key=cycles)
+    names = [name for name in ("high", "wide") if name in tiles]
+    return min(((name, rows) for name in names for rows in range(ROW_STEP, tiles[name].rows + 1, ROW_STEP)), key=cycles)
 
 
 def choose_split(num_strips: int, column_tiles: int, num_multiprocessors: int) -> int:

@@ -6,8 +6,8 @@ It offers what `services.executor.weights.Weights` offers to models, so that the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from shared.cuda_layout import CUDA_LAYOUT, STRIP_ROWS, TILE_COLUMNS, Family, family_of, fill, plan
 from shared.gguf import GGUFFile
@@ -16,6 +16,9 @@ from shared.manifest import Plane, Tensor
 
 if TYPE_CHECKING:
     from services.executor.cuda.device import Device
+
+
+HOPPER = 9, 0  # the compute capability for which wgmma_tiles.cuh is
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Part:
     family: Family
     quants: int
     scales: int  # 0 where the family has none, as below
-    minima: int
+    minima: int  # of MXFP4 on a Hopper: the largest exponents of its rows, in memory of the executor's own
     first_output: int
     num_outputs: int
 
@@ -79,6 +82,9 @@ class ExpertMatrices:
         return -(-self.num_inputs // TILE_COLUMNS)
 
 
+Strips = TypeVar("Strips", Part, ExpertMatrices)
+
+
 class CudaWeights:
     """The tensors of a manifest in layout cuda.v1.
 
@@ -86,10 +92,18 @@ class CudaWeights:
         config: the model's dimensions.
         tensors: where they lie, by name.
         addresses: of each allocation, in the manifest's order.
+        device: where they lie; its kernels are loaded when matrices are asked for. None: kernels will not run.
     """
 
-    def __init__(self, config: GPTConfig, tensors: Mapping[str, Tensor], addresses: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        tensors: Mapping[str, Tensor],
+        addresses: Sequence[int],
+        device: Device | None = None,
+    ) -> None:
         self.config = config
+        self._device = device
         self.layout = CUDA_LAYOUT
         self._tensors = tensors
         self._addresses = addresses
@@ -110,7 +124,7 @@ class CudaWeights:
             addresses.append(device.allocate(size))
             device.upload(addresses[-1], buffer)
             device.synchronize()
-        return cls(config, planned.tensors, addresses)
+        return cls(config, planned.tensors, addresses, device)
 
     @property
     def families(self) -> set[Family]:
@@ -137,18 +151,34 @@ class CudaWeights:
                 total = last.num_outputs + part.num_outputs
                 part = Part(last.family, last.quants, last.scales, last.minima, last.first_output, total)
             parts.append(part)
-        return Matrix(tuple(parts), tensors[0].shape[-1], first_output)
+        matrix = Matrix(tuple(parts), tensors[0].shape[-1], first_output)
+        tiles = matrix.num_column_tiles
+        return replace(matrix, parts=tuple(self._with_largest(part, part.num_strips, tiles) for part in parts))
 
     def expert_matrices(self, *names: str) -> ExpertMatrices:
         tensor = self._tensors[names[0]]
         num_strips = tensor.planes[0].shape[1]
         _, num_outputs, num_inputs = tensor.shape
-        return ExpertMatrices(family_of(tensor), *self._planes(tensor), num_inputs, num_outputs, num_strips)
+        matrices = ExpertMatrices(family_of(tensor), *self._planes(tensor), num_inputs, num_outputs, num_strips)
+        return self._with_largest(matrices, tensor.shape[0] * num_strips, matrices.num_column_tiles)
 
     def embedding(self, name: str) -> Matrix:
         matrix = self.matrix(name)
         assert isinstance(matrix, Matrix)
         return matrix
+
+    def _with_largest(self, matrix: Strips, num_strips: int, column_tiles: int) -> Strips:
+        """The matrix with what wgmma_tiles.cuh wants to know of MXFP4's rows: 16 bytes a strip, found by a kernel.
+
+        Raises:
+            ServiceError: as `Device.allocate`.
+        """
+        if self._device is None or self._device.capability != HOPPER or matrix.family != Family.MXFP4:
+            return matrix
+        address = self._device.allocate(num_strips * STRIP_ROWS)
+        grid = (-(-num_strips // 8), 1, 1)
+        self._device.launch("largest", grid, 256, matrix.scales, address, num_strips, column_tiles)
+        return replace(matrix, minima=address)
 
     def _planes(self, tensor: Tensor) -> tuple[int, int, int]:
         """The addresses of quants, scales and minima."""

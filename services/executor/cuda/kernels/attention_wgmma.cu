@@ -87,7 +87,7 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 
 __device__ __forceinline__ void start_scores(const uint32_t (&queries)[4][4], const Ring& ring, float (&scores)[64]) {
-    const uint64_t keys = operand(ring.keys());
+    const uint32_t keys = operand(ring.keys());
 #pragma unroll
     for (int step = 0; step < 4; step++) start_product<TILE>(scores, queries[step], keys + step * 2, step);
     commit_products();
@@ -95,7 +95,7 @@ __device__ __forceinline__ void start_scores(const uint32_t (&queries)[4][4], co
 
 __device__ __forceinline__ void start_values(const uint32_t (&weights)[8][4], uint32_t values, int is_added,
                                              float (&sums)[36]) {
-    const uint64_t operands = operand(values);
+    const uint32_t operands = operand(values);
 #pragma unroll
     for (int step = 0; step < 8; step++)
         start_product<COLUMNS>(sums, weights[step], operands + step / 4 * (PANEL_BYTES / 16) + step % 4 * 2,

@@ -25,7 +25,6 @@ struct Product {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int MAX_ROWS = 64;
 constexpr int MAX_STRIPS = 1;  // of a warp
-constexpr int STRIPS = 8;      // of a tile
 constexpr bool TAKES_TURNS = false;
 #include "wgmma_tiles.cuh"
 
@@ -40,8 +39,10 @@ __device__ __forceinline__ void copy_share(const Product& product, const Work& w
     const int num_strips = product.num_strips - work.first_strip, num_stages = work.last - work.first;
     const size_t index = static_cast<size_t>(work.first_strip) * product.column_tiles + work.first;
     const auto copy = [&](int stage, int column_tile) {
-        copy_weights<1>(product.planes, ring.weights + stage * STAGE_BYTES, index + column_tile, num_strips,
+        copy_weights(product.planes, ring.weights + stage * STAGE_BYTES, index + column_tile, num_strips,
                         product.column_tiles);
+        if (stage == 0 && column_tile == 0)
+            copy_largest(product.planes, ring.weights, work.first_strip, num_strips);
         arrive_with_copies(ring.full + stage * 8);
     };
     for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
@@ -58,20 +59,19 @@ __device__ __forceinline__ void copy_share(const Product& product, const Work& w
 }
 
 // The share's sums, which go to `sums` in shared memory: (MAX_ROWS / 8, threads that multiply, 4) floats.
+template <int ROWS = MAX_ROWS>
 __device__ __forceinline__ void multiply_share(const Product& product, const Work& work, Ring& ring, uint32_t sums) {
-    const int lane = threadIdx.x % 32, thread = threadIdx.x - NUM_COPIERS, strip = thread / 32;
-    int largest[1][2] = {};
-    if (FAMILY == 0) {
-        const size_t row = min(work.first_strip + strip, product.num_strips - 1);
-        find_largest(product.planes, row * product.column_tiles + work.first, work.last - work.first, lane, largest[0]);
-    }
+    if constexpr (ROWS > 16)
+        if (product.num_rows <= ROWS - 16) return multiply_share<ROWS - 16>(product, work, ring, sums);
+    const int thread = threadIdx.x - NUM_COPIERS, strip = warp_index() - NUM_COPIERS / 32;
     await_inputs();
     start_dependents();
-    float own[1][MAX_ROWS / 2];
-    multiply_stages<1>(ring, strip, work.last - work.first, product.num_rows, largest, own);
-    const float low = factor_of(largest[0][0]), high = factor_of(largest[0][1]);
+    Largest largest[1];
+    float own[1][ROWS / 2];
+    multiply_stages<ROWS>(ring, strip, work.last - work.first, product.num_rows, largest, own);
+    const float low = factor_of(largest[0].low), high = factor_of(largest[0].high);
 #pragma unroll
-    for (int j = 0; j < MAX_ROWS / 8; j++)
+    for (int j = 0; j < ROWS / 8; j++)
         if (8 * j < product.num_rows)
             write_shared(sums + (j * (NUM_THREADS - NUM_COPIERS) + thread) * 16,
                          make_float4(own[0][4 * j] * low, own[0][4 * j + 1] * low, own[0][4 * j + 2] * high,
@@ -129,8 +129,8 @@ __device__ __forceinline__ void run(const Product& product) {
     __syncthreads();
     const int rank = cluster_rank();
     const Work work = {product.column_tiles * rank / BLOCKS, product.column_tiles * (rank + 1) / BLOCKS,
-                       static_cast<int>(blockIdx.x) / BLOCKS * STRIPS};
-    if (threadIdx.x < NUM_COPIERS) {
+                       static_cast<int>(blockIdx.x) / BLOCKS * STAGE_STRIPS};
+    if (warp_index() < NUM_COPIERS / 32) {
         copy_share(product, work, ring);
         await_cluster();
     } else {

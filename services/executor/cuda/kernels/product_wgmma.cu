@@ -14,7 +14,7 @@
 #include "tensor_map.cuh"
 #include "weights.cuh"
 
-constexpr int NUM_THREADS = 384;
+constexpr int NUM_THREADS = 128 + 128 * NUM_GROUPS;
 
 struct Product {
     Planes planes;
@@ -25,8 +25,9 @@ struct Product {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int STRIPS = WARP_STRIPS, MAX_STRIPS = STRIPS, MAX_ROWS = 256 / STRIPS;  // for whose sums there are registers
-constexpr bool TAKES_TURNS = true;
+constexpr int STRIPS = WARP_STRIPS, MAX_STRIPS = STRIPS, MAX_ROWS = TILE_ROWS;
+constexpr bool TAKES_TURNS = NUM_GROUPS == 2;
+constexpr int COPIER_REGISTERS = NUM_GROUPS == 2 ? 40 : 32, REGISTERS = NUM_GROUPS == 2 ? 232 : 112;
 #include "wgmma_tiles.cuh"
 
 // Row tiles that pass all outputs before the next ones come: their x stays in the second cache.
@@ -37,39 +38,47 @@ struct Work {
 };
 
 __device__ __forceinline__ Work find_work(const Product& product, int tile) {
-    constexpr int TILE_STRIPS = 8 * STRIPS;
-    const int across = (product.num_strips + TILE_STRIPS - 1) / TILE_STRIPS;
+    const int across = (product.num_strips + STAGE_STRIPS - 1) / STAGE_STRIPS;
     if (product.groups != nullptr) {
         const int4 group = product.groups[tile / across];
-        return {group.x, group.y, group.z, tile % across * TILE_STRIPS};
+        return {shared_by_lanes(group.x), group.y, shared_by_lanes(group.z), tile % across * STAGE_STRIPS};
     }
     const int band = tile / (BAND * across), rest = tile % (BAND * across);
     const int tall = min(BAND, product.num_row_tiles - band * BAND);
     const int start = (band * BAND + rest % tall) * product.tile_rows;
-    return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * TILE_STRIPS};
+    return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * STAGE_STRIPS};
 }
 
 __device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
     const int column_tiles = product.column_tiles, num_strips = product.num_strips - work.first_strip;
-    const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + work.first_strip) * column_tiles;
+    const size_t strip = static_cast<size_t>(work.expert) * product.num_strips + work.first_strip;
     for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
-        const uint32_t full = ring.full + ring.stage * 8;
+        const uint32_t full = ring.full + ring.stage * 8, weights = ring.weights + ring.stage * STAGE_BYTES;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         if (threadIdx.x == 0)
             copy_rows(product.rows, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
-        copy_weights<STRIPS>(product.planes, ring.weights + ring.stage * STAGE_BYTES, tile + column_tile, num_strips,
-                             column_tiles);
+        copy_weights(product.planes, weights, strip * column_tiles + column_tile, num_strips, column_tiles);
+        if (column_tile == 0) copy_largest(product.planes, weights, strip, num_strips);
         arrive_with_copies(full);
         ring.advance();
     }
 }
 
-__device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const int (&largest)[2],
-                                            float (&sums)[MAX_ROWS / 2]) {
+// The compiler does not reckon with where the pointer will be: registers do not hold the places of all rows.
+template <typename T>
+__device__ __forceinline__ void advance(T*& pointer, size_t count) {
+    pointer += count;
+    asm volatile("" : "+l"(pointer));
+}
+
+template <int SIZE>
+__device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const Largest& largest,
+                                            float (&sums)[SIZE]) {
+    constexpr int ROWS = 2 * SIZE;
     if (strip >= product.num_strips) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const float low_factor = factor_of(largest[0]), high_factor = factor_of(largest[1]);
+    const float low_factor = factor_of(largest.low), high_factor = factor_of(largest.high);
     const size_t first_row = work.start + 2 * t, first_bias = static_cast<size_t>(work.expert) * out.num_outputs;
     // Column 8 j + 2 t + i of the sums is row `first_row` + 8 j + i.
     if (out.epilogue == SWIGLU) {
@@ -80,7 +89,8 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         const float up_bias = is_output ? out.up_bias[first_bias + output] : 0.0f;
         __half* values = static_cast<__half*>(out.values) + (first_row + g % 2) * out.pitch + spread(pair);
 #pragma unroll
-        for (int j = 0; j < MAX_ROWS / 8; j++) {
+        for (int j = 0; j < ROWS / 8; j++) {
+            if (8 * j >= work.count) break;
             float activated[2];  // of an output that is none: zero, since its weights are
 #pragma unroll
             for (int i = 0; i < 2; i++)
@@ -89,8 +99,8 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
             const float own = is_odd ? activated[1] : activated[0];
             const float other = __shfl_xor_sync(0xffffffffu, is_odd ? activated[0] : activated[1], 4);
             const __half2 both = __halves2half2(to_half(is_odd ? other : own), to_half(is_odd ? own : other));
-            if (pair < out.num_outputs && 8 * j + 2 * t + g % 2 < work.count)
-                *reinterpret_cast<__half2*>(values + static_cast<size_t>(8 * j) * out.pitch) = both;
+            if (pair < out.num_outputs && 8 * j + 2 * t + g % 2 < work.count) *reinterpret_cast<__half2*>(values) = both;
+            advance(values, 8 * static_cast<size_t>(out.pitch));
         }
         return;
     }
@@ -104,17 +114,21 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         if (out.epilogue == GELU) {
             __half* values = static_cast<__half*>(out.values) + first_row * out.pitch + spread(output);
 #pragma unroll
-            for (int j = 0; j < MAX_ROWS / 8; j++)
+            for (int j = 0; j < ROWS / 8; j++) {
+                if (8 * j >= work.count) break;
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     if (8 * j + 2 * t + i < work.count)
-                        values[static_cast<size_t>(8 * j + i) * out.pitch] =
+                        values[i * static_cast<size_t>(out.pitch)] =
                             to_half(gelu(sums[4 * j + 2 * upper + i] * factor + bias));
+                advance(values, 8 * static_cast<size_t>(out.pitch));
+            }
             continue;
         }
         float* values = static_cast<float*>(out.values) + first;
 #pragma unroll
-        for (int j = 0; j < MAX_ROWS / 8; j += 2) {
+        for (int j = 0; j < ROWS / 8; j += 2) {
+            if (8 * j >= work.count) break;
             // All four that are added to are read before the first is written, else each would wait for the last.
             float* const rows[4] = {values, values + out.pitch, values + 8 * static_cast<size_t>(out.pitch),
                                     values + 9 * static_cast<size_t>(out.pitch)};
@@ -127,24 +141,25 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
             for (int i = 0; i < 4; i++)
                 if (8 * (j + i / 2) + 2 * t + i % 2 < work.count)
                     *rows[i] = sums[4 * (j + i / 2) + 2 * upper + i % 2] * factor + bias + before[i];
-            values += 16 * static_cast<size_t>(out.pitch);
+            advance(values, 16 * static_cast<size_t>(out.pitch));
         }
     }
 }
 
+// Low tiles have a loop of their own for up to 32 rows.
+template <int ROWS = MAX_ROWS>
 __device__ __forceinline__ void multiply(const Product& product, const Work& work, Ring& ring) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column_tiles = product.column_tiles;
+    constexpr bool IS_LOW = NUM_GROUPS == 4;
+    if constexpr (IS_LOW && ROWS > 32)
+        if (work.count <= 32) return multiply<32>(product, work, ring);
+    const int warp = warp_index(), column_tiles = product.column_tiles;
     const int first = (warp / 4 - NUM_COPIERS / 128) * 4 * STRIPS + warp % 4;  // of the tile's strips; the next is 4 on
-    int largest[STRIPS][2] = {};
-    if (FAMILY == 0)
-#pragma unroll
-        for (int s = 0; s < STRIPS; s++) {
-            const int strip = min(work.first_strip + first + 4 * s, product.num_strips - 1);
-            const size_t tile = (static_cast<size_t>(work.expert) * product.num_strips + strip) * column_tiles;
-            find_largest(product.planes, tile, column_tiles, lane, largest[s]);
-        }
-    float sums[STRIPS][MAX_ROWS / 2];
-    multiply_stages<STRIPS>(ring, first, column_tiles, work.count, largest, sums);
+    Largest largest[STRIPS];
+    float sums[STRIPS][ROWS / 2];
+    if constexpr (IS_LOW)
+        multiply_in_line(ring, first, column_tiles, work.count, largest, sums);
+    else
+        multiply_stages<32>(ring, first, column_tiles, work.count, largest, sums);
 #pragma unroll
     for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], sums[s]);
 }
@@ -157,17 +172,18 @@ __device__ __forceinline__ void run(const Product& product) {
     __syncthreads();
     await_inputs();
     start_dependents();
-    const int num_tiles = product.num_row_tiles * ((product.num_strips + 8 * STRIPS - 1) / (8 * STRIPS));
-    if (threadIdx.x < NUM_COPIERS) {
-        leave_registers<40>();
+    const int num_tiles = product.num_row_tiles * ((product.num_strips + STAGE_STRIPS - 1) / STAGE_STRIPS);
+    const int warp = warp_index();
+    if (warp < NUM_COPIERS / 32) {
+        leave_registers<COPIER_REGISTERS>();
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             const Work work = find_work(product, tile);
             if (work.count > 0) copy_tiles(product, work, ring);
         }
         return;
     }
-    take_registers<232>();
-    if (threadIdx.x >= NUM_COPIERS + 128) pass_turn(0);
+    take_registers<REGISTERS>();
+    if (TAKES_TURNS && warp >= NUM_COPIERS / 32 + 4) pass_turn(0);
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         const Work work = find_work(product, tile);
         if (work.count > 0) multiply(product, work, ring);

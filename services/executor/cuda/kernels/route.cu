@@ -3,6 +3,7 @@
 // A pair is (row, one of its experts), number row * num_used + rank. Pairs are sorted by expert, within an expert by
 // number, and cut into groups of at most `group_rows` of one expert. All sums and orders are fixed.
 #include "choose.cuh"
+#include "spread.cuh"
 
 constexpr int ROUTER_ROWS = 8;  // of a block
 constexpr int FUSED_ROWS = 8;   // most rows of normed_route
@@ -14,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(256) router(const __half* x,      /
                                                          const float* weight,  // (E, size)
                                                          const float* bias,    // (E,)
                                                          float* logits,        // (rows, E)
-                                                         int num_rows, int size, int x_pitch) {
+                                                         int num_rows, int size, int x_pitch,
+                                                         int is_spread) {  // x is, as spread.cuh says
     constexpr int AT_ONCE = 3, NUM_THREADS = 256;
     __shared__ float partial[NUM_THREADS / 32][ROUTER_ROWS];
     const int expert = blockIdx.x, first = blockIdx.y * ROUTER_ROWS, count = min(ROUTER_ROWS, num_rows - first);
@@ -27,13 +29,13 @@ extern "C" __global__ void __launch_bounds__(256) router(const __half* x,      /
         __half2 values[AT_ONCE][ROUTER_ROWS];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            const int column = start + 2 * NUM_THREADS * i;
+            const int column = start + 2 * NUM_THREADS * i, place = is_spread ? spread(column) : column;
             factor[i].x = column < size ? factors[column] : 0.0f;
             factor[i].y = column + 1 < size ? factors[column + 1] : 0.0f;
 #pragma unroll
             for (int row = 0; row < ROUTER_ROWS; row++)
                 values[i][row] = column < size && row < count
-                                     ? *reinterpret_cast<const __half2*>(x + static_cast<size_t>(first + row) * x_pitch + column)
+                                     ? *reinterpret_cast<const __half2*>(x + static_cast<size_t>(first + row) * x_pitch + place)
                                      : __half2();
         }
 #pragma unroll

@@ -12,12 +12,14 @@
 // shared memory as `operand` says. d: (64, COLUMNS) in float: d[4 j] to d[4 j + 3] are multiply_add's c of columns 8 j
 // on; what lies past the last column is left alone.
 template <int COLUMNS, int SIZE>
-__device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (&a)[4], uint64_t b, int is_added);
+__device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (&a)[4], uint32_t b, int is_added);
 
 #define WGMMA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_D16(i) WGMMA_D4(i), WGMMA_D4(i + 4), WGMMA_D4(i + 8), WGMMA_D4(i + 12)
+#define WGMMA_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_N16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_N32 WGMMA_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_N24 WGMMA_N16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define WGMMA_N36 WGMMA_N32 ", %32, %33, %34, %35"
 #define WGMMA_N48 WGMMA_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_N64 WGMMA_N48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -31,15 +33,20 @@ __device__ __forceinline__ void start_product(float (&d)[SIZE], const uint32_t (
 #define WGMMA(COLUMNS, SIZE, NUMBERS, A, B, IS_ADDED, ...)                                                         \
     template <>                                                                                                    \
     __device__ __forceinline__ void start_product<COLUMNS, SIZE>(float(&d)[SIZE], const uint32_t(&a)[4],           \
-                                                                 uint64_t b, int is_added) {                       \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " IS_ADDED ", 0;\n"                                         \
-                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" NUMBERS "}, {" A "}, " B     \
+                                                                 uint32_t b, int is_added) {                       \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 matrix;\nsetp.ne.b32 p, " IS_ADDED ", 0;\n"                      \
+                     "mov.b64 matrix, {" B ", 0x40000040};\n"                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 {" NUMBERS "}, {" A "}, matrix" \
                      ", p, 1, 1, 0;\n}"                                                                            \
                      : __VA_ARGS__                                                                                 \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(is_added));                         \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(is_added));                         \
     }
 
-WGMMA(32, 32, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(16, 8, WGMMA_N8, "%8, %9, %10, %11", "%12", "%13", WGMMA_D4(0), WGMMA_D4(4))
+WGMMA(16, 16, WGMMA_N8, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(32, 16, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
+WGMMA(48, 24, WGMMA_N24, "%24, %25, %26, %27", "%28", "%29", WGMMA_D16(0), WGMMA_D4(16), WGMMA_D4(20))
+WGMMA(48, 32, WGMMA_N24, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
 WGMMA(64, 32, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
 WGMMA(32, 64, WGMMA_N16, "%16, %17, %18, %19", "%20", "%21", WGMMA_D16(0))
 WGMMA(64, 64, WGMMA_N32, "%32, %33, %34, %35", "%36", "%37", WGMMA_D16(0), WGMMA_D16(16))
@@ -57,11 +64,9 @@ WGMMA(256, 128, WGMMA_N128, "%128, %129, %130, %131", "%132", "%133", WGMMA_D128
 
 // b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes as tensor maps call it: each column's 64
 // inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices
-// 16 i on begin 32 i bytes further.
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
-    constexpr uint64_t SWIZZLE_128 = 1ull << 62, EIGHT_COLUMNS = 1024 / 16;
-    return SWIZZLE_128 | EIGHT_COLUMNS << 32 | 1ull << 16 | (address & 0x3FFFF) / 16;
-}
+// 16 i on are 2 i more. This is the lower word; the upper one, always the same, says that (bit 62) and how far eight columns
+// lie apart (1024 / 16).
+__device__ __forceinline__ uint32_t operand(uint32_t address) { return 1u << 16 | address / 16; }
 
 // Registers that products read or add to were written.
 __device__ __forceinline__ void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -80,6 +85,13 @@ __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.a
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+
+// What all lanes of a warp hold, in a way that tells the compiler so: what depends on it then takes registers and
+// instructions of the warp's own, beside those of its lanes.
+__device__ __forceinline__ int shared_by_lanes(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Which of the block's warps this is.
+__device__ __forceinline__ int warp_index() { return shared_by_lanes(threadIdx.x / 32); }
 
 // A barrier of 8 bytes in shared memory: each time `count` have arrived its phase, 0 at first, turns.
 __device__ __forceinline__ void make_barrier(uint32_t barrier, int count) {
@@ -109,14 +121,15 @@ __device__ __forceinline__ void copy_box(uint32_t target, const TensorMap* map, 
         : "memory");
 }
 
-// The phase of this parity is over.
+// The phase of this parity is over. A warp that must wait is not tried again meanwhile: others have its turns.
+constexpr uint32_t MOST_WAIT = 10'000'000;  // nanoseconds
 __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
     uint32_t is_over;
     do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
             : "=r"(is_over)
-            : "r"(barrier), "r"(parity)
+            : "r"(barrier), "r"(parity), "r"(MOST_WAIT)
             : "memory");
     } while (!is_over);
 }

@@ -1,7 +1,7 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, two groups
-// of four warps, each multiply their half of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
+// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, groups of
+// four warps, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
 // registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before
 // run. x is the operand in shared memory, spread (spread.cuh).
 //
@@ -9,21 +9,24 @@
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
 //
 // What includes this says before: NUM_THREADS of a block, MAX_ROWS of a stage, MAX_STRIPS, the most of a warp, and whether
-// the two groups take turns; NUM_STAGES is a -D.
+// the groups, two of them, take turns; NUM_STAGES is a -D.
 #pragma once
 
 #include "weights.cuh"
 #include "wgmma.cuh"
 
 constexpr int NUM_COPIERS = 128;  // threads; the others multiply
+constexpr int STAGE_STRIPS = (NUM_THREADS - NUM_COPIERS) / 32 * MAX_STRIPS;
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
 constexpr int BOX_ROWS = 32;    // that are copied at once, as the tensor map says
 constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
 constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
 constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
 constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
-constexpr int SCALES_AT = 8 * MAX_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + 8 * MAX_STRIPS * TILE_SCALES;
-constexpr int STAGE_BYTES = MINIMA_AT + 8 * MAX_STRIPS * TILE_MINIMA;  // of weights
+constexpr int SCALES_AT = STAGE_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + STAGE_STRIPS * TILE_SCALES;
+constexpr int TILE_LARGEST = FAMILY == 0 ? 16 : 0;  // exponents of a strip's rows: g, g + 8, g + 1, ...
+constexpr int LARGEST_AT = MINIMA_AT + STAGE_STRIPS * TILE_MINIMA;
+constexpr int STAGE_BYTES = LARGEST_AT + STAGE_STRIPS * TILE_LARGEST;  // of weights
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
@@ -53,36 +56,43 @@ struct Ring {
 };
 
 // A stage's weights in one plane, SIZE bytes of each strip, whose bytes of all column tiles are `pitch`.
-template <int STRIPS, int SIZE>
+template <int SIZE>
 __device__ __forceinline__ void copy_plane(uint32_t target, const char* source, int num_strips, int pitch) {
-    constexpr int TOTAL = 8 * STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
+    constexpr int TOTAL = STAGE_STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
     static_assert(PASS % SIZE == 0 || SIZE % PASS == 0, "a pass is some strips or a part of one");
     int strip = threadIdx.x * 16 / SIZE;
-    const char* piece = source + strip * pitch + threadIdx.x * 16 % SIZE;
+    uint32_t place = strip * pitch + threadIdx.x * 16 % SIZE;
 #pragma unroll
     for (int byte = 0; byte < TOTAL; byte += PASS) {
-        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips) copy_async<16>(target + byte + threadIdx.x * 16, piece);
+        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips)
+            copy_async<16>(target + byte + threadIdx.x * 16, source + place);
         if (SIZE > PASS && (byte + PASS) % SIZE != 0) {
-            piece += PASS;
+            place += PASS;
         } else {
             strip += SIZE > PASS ? 1 : PASS / SIZE;
-            piece += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
+            place += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
         }
     }
 }
 
 // A stage's weights, tile `index` of the planes the first strip's.
-template <int STRIPS>
 __device__ __forceinline__ void copy_weights(const Planes& planes, uint32_t weights, size_t index, int num_strips,
                                              int column_tiles) {
-    copy_plane<STRIPS, TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips, column_tiles * TILE_CODES);
+    copy_plane<TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips, column_tiles * TILE_CODES);
 #if FAMILY <= 3
-    copy_plane<STRIPS, TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
+    copy_plane<TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
                                     column_tiles * TILE_SCALES);
 #endif
 #if FAMILY == 2
-    copy_plane<STRIPS, TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
+    copy_plane<TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
                                     column_tiles * TILE_MINIMA);
+#endif
+}
+
+// Into a stage, too: the largest exponents of its strips, the first one number `strip` of the matrix.
+__device__ __forceinline__ void copy_largest(const Planes& planes, uint32_t weights, size_t strip, int num_strips) {
+#if FAMILY == 0
+    copy_plane<TILE_LARGEST>(weights + LARGEST_AT, planes.minima + strip * TILE_LARGEST, num_strips, TILE_LARGEST);
 #endif
 }
 
@@ -91,6 +101,7 @@ __device__ __forceinline__ void copy_rows(const TensorMap* rows, uint32_t x, int
                                           uint32_t barrier) {
     const int num_boxes = (count + BOX_ROWS - 1) / BOX_ROWS;
     arrive_with_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
+#pragma unroll 1
     for (int box = 0; box < num_boxes; box++)
         copy_box(x + box * BOX_ROWS * ROW_BYTES, rows, column_tile * 64, row + box * BOX_ROWS, barrier);
 }
@@ -138,37 +149,46 @@ __device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int stri
 #endif
 }
 
-// The largest exponents of rows g and g + 8 of a strip.
-__device__ __forceinline__ void find_largest(const Planes& planes, size_t first_tile, int column_tiles, int lane,
-                                             int (&largest)[2]) {
-    uint32_t low = 0, high = 0;
-#pragma unroll 8
-    for (int tile = lane % 4; tile < column_tiles; tile += 4) {
-        const uint32_t scales = load_weight4(planes.scales + (first_tile + tile) * 32 + lane / 4 * 4);
-        low = __vmaxu2(low, scales & 0x00FF00FFu);
-        high = __vmaxu2(high, scales >> 8 & 0x00FF00FFu);
+// The largest exponents of rows g and g + 8 of a strip, and less 30: a stage whose copies brought them.
+struct Largest {
+    int low = 0, high = 0;
+    uint32_t offsets[2] = {};  // 30 less them, in both halves
+
+    __device__ __forceinline__ void take(uint32_t weights, int strip, int lane) {
+#if FAMILY == 0
+        uint32_t both;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=r"(both) : "r"(weights + LARGEST_AT + strip * TILE_LARGEST + lane / 4 * 2));
+        low = both & 0xFF, high = both >> 8;
+        offsets[0] = (30 - low & 0xFFFF) * 0x10001u, offsets[1] = (30 - high & 0xFFFF) * 0x10001u;
+#endif
     }
+};
+
+// What weights of rows g and g + 8 are multiplied with, in half, those of block 0 and of block 1 in one word.
+struct Scales {
+    uint32_t pairs[2];
+
+    __device__ __forceinline__ void take(const Tile& tile, const Largest& largest) {
+#if FAMILY == 0
+        // Decoded codes are 2^-14 of their values: the largest block's become twice their values.
 #pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-        low = __vmaxu2(low, __shfl_xor_sync(0xffffffffu, low, distance));
-        high = __vmaxu2(high, __shfl_xor_sync(0xffffffffu, high, distance));
+        for (int upper = 0; upper < 2; upper++) {
+            const uint32_t exponents = __byte_perm(tile.scales, 0, upper ? 0x4341 : 0x4240);
+            pairs[upper] = __viaddmax_s16x2(exponents, largest.offsets[upper], 0) << 10;
+        }
+#endif
     }
-    largest[0] = max(low & 0xFFFF, low >> 16);
-    largest[1] = max(high & 0xFFFF, high >> 16);
-}
+};
 
 // The lane's values of block `block` as two of wgmma's a, scales multiplied in.
-__device__ __forceinline__ void decode_scaled(const Tile& tile, int block, const int (&largest)[2],
-                                              uint32_t (&a)[2][4]) {
+__device__ __forceinline__ void decode_scaled(const Tile& tile, int block, const Scales& scales, uint32_t (&a)[2][4]) {
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {
         uint32_t pairs[4];
         decode(tile, block, upper, pairs);
         if (IS_SCALED) {
 #if FAMILY == 0
-            // Decoded codes are 2^-14 of their values: the largest block's become twice their values.
-            const int exponent = tile.scales >> (8 * (2 * block + upper)) & 0xFF;
-            const uint32_t scale = max(exponent - largest[upper] + 30, 0) * (0x10001u << 10);
+            const uint32_t scale = __byte_perm(scales.pairs[upper], 0, block ? 0x3232 : 0x1010);
 #elif FAMILY == 1
             const uint32_t scale = __byte_perm(block == 0 ? tile.scales.x : tile.scales.y, 0, upper ? 0x3232 : 0x1010);
 #else
@@ -204,50 +224,77 @@ constexpr int NUM_BLOCKS = STRIPS == 1 ? 2 : 1;
 template <int STRIPS>
 using Operands = uint32_t[STRIPS][NUM_BLOCKS<STRIPS>][2][4];
 
-// The products of such blocks, for ROWS rows.
-template <int STRIPS, int ROWS>
-__device__ __forceinline__ void start_products(float (&sums)[STRIPS][MAX_ROWS / 2], const Operands<STRIPS>& a, uint64_t b,
-                                               int is_added) {
+// The products of such blocks, for ROWS rows, added to the sums.
+template <int ROWS, int STRIPS, int SIZE>
+__device__ __forceinline__ void start_products(float (&sums)[STRIPS][SIZE], const Operands<STRIPS>& a, uint32_t b) {
     before_products();
 #pragma unroll
     for (int step = 0; step < 2 * NUM_BLOCKS<STRIPS>; step++)
 #pragma unroll
         for (int s = 0; s < STRIPS; s++)
-            start_product<ROWS>(sums[s], a[s][step / 2][step % 2], b + step * 2, is_added + step);
+            start_product<ROWS>(sums[s], a[s][step / 2][step % 2], b + step * 2, 1);
     commit_products();
 }
 
-// The same for as few rows, in steps of 32, as hold `count`.
-template <int STRIPS, int ROWS = MAX_ROWS>
-__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][MAX_ROWS / 2], const Operands<STRIPS>& a, uint64_t b,
-                                           int is_added, int count) {
-    if constexpr (ROWS > 32)
-        if (count <= ROWS - 32) return start_rows<STRIPS, ROWS - 32>(sums, a, b, is_added, count);
-    start_products<STRIPS, ROWS>(sums, a, b, is_added);
+// The same for as few rows, LEAST and then in steps of STEP, as hold `count`.
+template <int STEP, int LEAST, int ROWS, int STRIPS, int SIZE>
+__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][SIZE], const Operands<STRIPS>& a, uint32_t b, int count) {
+    if constexpr (ROWS > LEAST)
+        if (count <= ROWS - STEP) return start_rows<STEP, LEAST, ROWS - STEP>(sums, a, b, count);
+    start_products<ROWS>(sums, a, b);
 }
 
-// The products of the next `num_stages` stages: of `count` rows and STRIPS strips, every fourth from `first` on of a stage.
-// Where groups take turns the second one passes the first.
+// Before the first stage's weights.
 template <int STRIPS>
-__device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count,
-                                                const int (&largest)[STRIPS][2], float (&sums)[STRIPS][MAX_ROWS / 2]) {
-    constexpr int NUM_PARTS = 2 / NUM_BLOCKS<STRIPS>;  // of a stage
-    const int lane = threadIdx.x % 32, num_parts = num_stages * NUM_PARTS, group = (threadIdx.x - NUM_COPIERS) / 128;
-    Tile tiles[STRIPS];
-    Operands<STRIPS> a[2];
-    const auto decode_part = [&](int part, Operands<STRIPS>& target) {
-        if (part == 0) {
-            await_barrier(ring.full + ring.stage * 8, ring.phase);
-            const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+__device__ __forceinline__ void take_largest(const Ring& ring, int first, Largest (&largest)[STRIPS]) {
+    if (FAMILY != 0) return;
+    await_barrier(ring.full + ring.stage * 8, ring.phase);
 #pragma unroll
-            for (int s = 0; s < STRIPS; s++) take_tile(tiles[s], weights, first + 4 * s, lane);
+    for (int s = 0; s < STRIPS; s++)
+        largest[s].take(ring.weights + ring.stage * STAGE_BYTES, first + 4 * s, threadIdx.x % 32);
+}
+
+// A warp's weights of a stage.
+template <int STRIPS>
+struct StageWeights {
+    Tile tiles[STRIPS];
+    Scales scales[STRIPS];
+
+    __device__ __forceinline__ void take(const Ring& ring, int first, const Largest (&largest)[STRIPS]) {
+        const int lane = threadIdx.x % 32;
+        const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
+        await_barrier(ring.full + ring.stage * 8, ring.phase);
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) {
+            take_tile(tiles[s], weights, first + 4 * s, lane);
+            scales[s].take(tiles[s], largest[s]);
         }
+    }
+
+    // The blocks from `block` on.
+    __device__ __forceinline__ void decode(int block, Operands<STRIPS>& target) const {
 #pragma unroll
         for (int s = 0; s < STRIPS; s++)
 #pragma unroll
-            for (int i = 0; i < NUM_BLOCKS<STRIPS>; i++) decode_scaled(tiles[s], part + i, largest[s], target[s][i]);
-    };
-    decode_part(0, a[0]);
+            for (int i = 0; i < NUM_BLOCKS<STRIPS>; i++) decode_scaled(tiles[s], block + i, scales[s], target[s][i]);
+    }
+};
+
+// The products of the next `num_stages` stages: of `count` rows and STRIPS strips, every fourth from `first` on of a stage.
+// There are sums for 2 SIZE rows; products take as few, LEAST and then in steps of 32, as hold `count`. Weights are decoded while the
+// products before run; where groups take turns at those the second one passes the first.
+template <int LEAST, int STRIPS, int SIZE>
+__device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count, Largest (&largest)[STRIPS],
+                                                float (&sums)[STRIPS][SIZE]) {
+    constexpr int NUM_PARTS = 2 / NUM_BLOCKS<STRIPS>;  // of a stage
+    const int num_parts = num_stages * NUM_PARTS, group = warp_index() / 4 - NUM_COPIERS / 128;
+    StageWeights<STRIPS> weights;
+    Operands<STRIPS> a[2];
+#pragma unroll
+    for (int i = 0; i < STRIPS * SIZE; i++) sums[i / SIZE][i % SIZE] = 0.0f;
+    take_largest(ring, first, largest);
+    weights.take(ring, first, largest);
+    weights.decode(0, a[0]);
     int last_stage = -1;
     for (int pair = 0; pair < num_parts; pair += 2)
 #pragma unroll
@@ -255,7 +302,7 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
             const int done = pair + odd, part = odd % NUM_PARTS;
             if (NUM_PARTS == 1 && done == num_parts) break;
             if (TAKES_TURNS) await_turn(group);
-            start_rows<STRIPS>(sums, a[odd], operand(ring.x + ring.stage * X_BYTES) + part * 4, done, count);
+            start_rows<32, LEAST, 2 * SIZE>(sums, a[odd], operand(ring.x + ring.stage * X_BYTES) + part * 4, count);
             if (TAKES_TURNS) pass_turn(1 - group);
             // The products before these are done; while these run, the next ones' weights are decoded.
             await_products<1>();
@@ -264,8 +311,36 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
                 last_stage = ring.stage;
             }
             if (part + 1 == NUM_PARTS) ring.advance();
-            if (done + 1 < num_parts) decode_part((part + 1) % NUM_PARTS, a[1 - odd]);
+            if (done + 1 < num_parts) {
+                if (part + 1 == NUM_PARTS) weights.take(ring, first, largest);
+                weights.decode((part + 1) % NUM_PARTS, a[1 - odd]);
+            }
         }
     await_products<0>();
     arrive(ring.empty + last_stage * 8);
+}
+
+// The same with four warps to a scheduler, which decode while others' products run, so that a warp waits for its own before
+// it decodes: half the registers, and fewer instructions. Products take as few rows, in steps of 16, as hold `count`, which
+// is more than half of SIZE or at most 32.
+template <int SIZE>
+__device__ __forceinline__ void multiply_in_line(Ring& ring, int first, int num_stages, int count, Largest (&largest)[1],
+                                                 float (&sums)[1][SIZE]) {
+    StageWeights<1> weights;
+    Operands<1> a;
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) sums[0][i] = 0.0f;
+    take_largest(ring, first, largest);
+    uint32_t empty = 0;
+    for (int stage = 0; stage < num_stages; stage++) {
+        await_products<0>();
+        if (stage > 0) arrive(empty);
+        weights.take(ring, first, largest);
+        weights.decode(0, a);
+        start_rows<16, 2 * SIZE <= 32 ? 16 : 2 * SIZE - 16, 2 * SIZE>(sums, a, operand(ring.x + ring.stage * X_BYTES), count);
+        empty = ring.empty + ring.stage * 8;
+        ring.advance();
+    }
+    await_products<0>();
+    arrive(empty);
 }
