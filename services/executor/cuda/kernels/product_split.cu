@@ -38,14 +38,13 @@ struct Work {
 __device__ __forceinline__ void copy_share(const Product& product, const Work& work, Ring& ring) {
     const int num_strips = product.num_strips - work.first_strip, num_stages = work.last - work.first;
     const size_t index = static_cast<size_t>(work.first_strip) * product.column_tiles + work.first;
-    const auto copy = [&](int stage, int column_tile) {
-        copy_weights(product.planes, ring.weights + stage * STAGE_BYTES, index + column_tile, num_strips,
-                        product.column_tiles);
-        if (stage == 0 && column_tile == 0)
-            copy_largest(product.planes, ring.weights, work.first_strip, num_strips);
+    WeightStream stream(product.planes, index, num_strips, product.column_tiles);
+    const auto copy = [&](int stage, bool is_first) {
+        stream.copy(ring.weights + stage * STAGE_BYTES);
+        if (is_first) copy_largest(product.planes, ring.weights, work.first_strip, num_strips);
         arrive_with_copies(ring.full + stage * 8);
     };
-    for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
+    for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage == 0);
     await_inputs();
     start_dependents();
     for (int done = 0; done < num_stages; done++) {
@@ -53,7 +52,7 @@ __device__ __forceinline__ void copy_share(const Product& product, const Work& w
         if (threadIdx.x == 0)
             copy_rows(product.rows, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows,
                       ring.full + ring.stage * 8);
-        if (done >= NUM_STAGES) copy(ring.stage, done);
+        if (done >= NUM_STAGES) copy(ring.stage, false);
         ring.advance();
     }
 }
@@ -69,7 +68,7 @@ __device__ __forceinline__ void multiply_share(const Product& product, const Wor
     Largest largest[1];
     float own[1][ROWS / 2];
     multiply_stages<ROWS>(ring, strip, work.last - work.first, product.num_rows, largest, own);
-    const float low = factor_of(largest[0].low), high = factor_of(largest[0].high);
+    const float low = largest[0].factor(0), high = largest[0].factor(1);
 #pragma unroll
     for (int j = 0; j < ROWS / 8; j++)
         if (8 * j < product.num_rows)

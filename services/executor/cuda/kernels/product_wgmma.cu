@@ -52,12 +52,13 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
 __device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
     const int column_tiles = product.column_tiles, num_strips = product.num_strips - work.first_strip;
     const size_t strip = static_cast<size_t>(work.expert) * product.num_strips + work.first_strip;
+    WeightStream stream(product.planes, strip * column_tiles, num_strips, column_tiles);
     for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
         const uint32_t full = ring.full + ring.stage * 8, weights = ring.weights + ring.stage * STAGE_BYTES;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         if (threadIdx.x == 0)
             copy_rows(product.rows, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
-        copy_weights(product.planes, weights, strip * column_tiles + column_tile, num_strips, column_tiles);
+        stream.copy(weights);
         if (column_tile == 0) copy_largest(product.planes, weights, strip, num_strips);
         arrive_with_copies(full);
         ring.advance();
@@ -78,7 +79,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
     if (strip >= product.num_strips) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const float low_factor = factor_of(largest.low), high_factor = factor_of(largest.high);
+    const float low_factor = largest.factor(0), high_factor = largest.factor(1);
     const size_t first_row = work.start + 2 * t, first_bias = static_cast<size_t>(work.expert) * out.num_outputs;
     // Column 8 j + 2 t + i of the sums is row `first_row` + 8 j + i.
     if (out.epilogue == SWIGLU) {

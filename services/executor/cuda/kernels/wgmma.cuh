@@ -121,15 +121,14 @@ __device__ __forceinline__ void copy_box(uint32_t target, const TensorMap* map, 
         : "memory");
 }
 
-// The phase of this parity is over. A warp that must wait is not tried again meanwhile: others have its turns.
-constexpr uint32_t MOST_WAIT = 10'000'000;  // nanoseconds
+// The phase of this parity is over.
 __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
     uint32_t is_over;
     do {
         asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
             : "=r"(is_over)
-            : "r"(barrier), "r"(parity), "r"(MOST_WAIT)
+            : "r"(barrier), "r"(parity)
             : "memory");
     } while (!is_over);
 }

@@ -75,19 +75,32 @@ __device__ __forceinline__ void copy_plane(uint32_t target, const char* source, 
     }
 }
 
-// A stage's weights, tile `index` of the planes the first strip's.
-__device__ __forceinline__ void copy_weights(const Planes& planes, uint32_t weights, size_t index, int num_strips,
-                                             int column_tiles) {
-    copy_plane<TILE_CODES>(weights, planes.quants + index * TILE_CODES, num_strips, column_tiles * TILE_CODES);
+// Where the next stage's weights come from: tiles of `num_strips` strips at most, from tile `index` of the planes on.
+struct WeightStream {
+    const char *codes, *scales, *minima;
+    int num_strips, column_tiles;
+
+    __device__ __forceinline__ WeightStream(const Planes& planes, size_t index, int num_strips, int column_tiles)
+        : codes(planes.quants + index * TILE_CODES),
+          scales(planes.scales + index * TILE_SCALES),
+          minima(planes.minima + index * TILE_MINIMA),
+          num_strips(num_strips),
+          column_tiles(column_tiles) {}
+
+    // To a stage; the stream goes on to the next column tile.
+    __device__ __forceinline__ void copy(uint32_t weights) {
+        copy_plane<TILE_CODES>(weights, codes, num_strips, column_tiles * TILE_CODES);
+        codes += TILE_CODES;
 #if FAMILY <= 3
-    copy_plane<TILE_SCALES>(weights + SCALES_AT, planes.scales + index * TILE_SCALES, num_strips,
-                                    column_tiles * TILE_SCALES);
+        copy_plane<TILE_SCALES>(weights + SCALES_AT, scales, num_strips, column_tiles * TILE_SCALES);
+        scales += TILE_SCALES;
 #endif
 #if FAMILY == 2
-    copy_plane<TILE_MINIMA>(weights + MINIMA_AT, planes.minima + index * TILE_MINIMA, num_strips,
-                                    column_tiles * TILE_MINIMA);
+        copy_plane<TILE_MINIMA>(weights + MINIMA_AT, minima, num_strips, column_tiles * TILE_MINIMA);
+        minima += TILE_MINIMA;
 #endif
-}
+    }
+};
 
 // Into a stage, too: the largest exponents of its strips, the first one number `strip` of the matrix.
 __device__ __forceinline__ void copy_largest(const Planes& planes, uint32_t weights, size_t strip, int num_strips) {
@@ -149,17 +162,27 @@ __device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int stri
 #endif
 }
 
-// The largest exponents of rows g and g + 8 of a strip, and less 30: a stage whose copies brought them.
+// The largest exponents of rows g and g + 8 of a strip, which the first stage of its tile brings.
 struct Largest {
-    int low = 0, high = 0;
     uint32_t offsets[2] = {};  // 30 less them, in both halves
 
     __device__ __forceinline__ void take(uint32_t weights, int strip, int lane) {
 #if FAMILY == 0
         uint32_t both;
         asm volatile("ld.shared.u16 %0, [%1];" : "=r"(both) : "r"(weights + LARGEST_AT + strip * TILE_LARGEST + lane / 4 * 2));
-        low = both & 0xFF, high = both >> 8;
-        offsets[0] = (30 - low & 0xFFFF) * 0x10001u, offsets[1] = (30 - high & 0xFFFF) * 0x10001u;
+#pragma unroll
+        for (int upper = 0; upper < 2; upper++)
+            offsets[upper] = (30 - (both >> 8 * upper & 0xFF) & 0xFFFF) * 0x10001u;
+#endif
+    }
+
+    // What the sums of row g or g + 8 are multiplied with.
+    __device__ __forceinline__ float factor(int upper) const {
+#if FAMILY == 0
+        const int largest = 30 - static_cast<int16_t>(offsets[upper]);
+        return __uint_as_float(largest < 2 ? 0x00200000u << largest : (largest - 1u) << 23);
+#else
+        return 1.0f;
 #endif
     }
 };
@@ -204,15 +227,6 @@ __device__ __forceinline__ void decode_scaled(const Tile& tile, int block, const
         a[0][upper] = pairs[0], a[0][upper + 2] = pairs[1];
         a[1][upper] = pairs[2], a[1][upper + 2] = pairs[3];
     }
-}
-
-// What the sums of a row are multiplied with.
-__device__ __forceinline__ float factor_of(int largest) {
-#if FAMILY == 0
-    return __uint_as_float(largest < 2 ? 0x00200000u << largest : (largest - 1u) << 23);
-#else
-    return 1.0f;
-#endif
 }
 
 // How many blocks of 32 columns have their products started together: with two strips the registers do not hold a whole
