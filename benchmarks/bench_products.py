@@ -29,7 +29,7 @@ from services.executor.cuda.kernels import (
     split_stages,
     wgmma_stages,
 )
-from services.executor.cuda.products import SLOT_BYTES
+from services.executor.cuda.products import SLOT_BYTES, map_planes
 from shared.cuda_layout import TILES, Family
 
 NUM_EXPERTS, NUM_USED, HIDDEN = 32, 4, 2880
@@ -45,7 +45,7 @@ class Weights:
 
     def __init__(self, device: Device, family: Family, num_experts: int, num_strips: int, num_inputs: int) -> None:
         random = np.random.default_rng(num_strips)
-        self.family, self.num_strips, self.num_inputs = family, num_strips, num_inputs
+        self.device, self.family, self.num_strips, self.num_inputs = device, family, num_strips, num_inputs
         self.column_tiles = -(-num_inputs // 64)
         grid = (num_experts, num_strips, self.column_tiles)
         (_, dtype, axes), (_, scale_dtype, scale_axes) = TILES[family]
@@ -67,6 +67,12 @@ class Weights:
             grid = (-(-strips // 8), 1, 1)
             device.launch("largest", grid, 256, self.addresses[1], self.largest, strips, self.column_tiles)
         device.synchronize()
+
+    @functools.cache  # noqa: B019 - these weights live as long as the benchmark
+    def map(self, box_strips: int) -> list[bytes]:
+        """Tensor maps of the planes."""
+        strips = len(self.quants) * self.num_strips
+        return map_planes(self.device.map_tiles, self.family, self.addresses, (self.column_tiles, strips, box_strips))
 
     def strip(self, expert: int, strip: int) -> Array:
         """The values of a strip, (16, 64 column tiles) float64."""
@@ -151,21 +157,22 @@ class Problem:
 
     def run_wgmma(self, name: str, tile_rows: int) -> None:
         """With what gathers its rows of x, if they are not those of the tokens."""
-        quants, scales, bias = self.weights.addresses
+        bias = self.weights.addresses[2]
         _, x, row_ids, groups = self.addresses
         if self.gathers:
             pieces = self.pitch_in // 8
             self.device.launch("gather_halves", (self.num_rows, 1, 1), 256, x, row_ids, self.gathered, pieces)
         tile = WGMMA_TILES[name]
         rows = len(self.groups) if self.is_grouped else -(-self.num_rows // tile_rows)
-        tiles = rows * -(-self.weights.num_strips // tile.num_strips)
+        across = -(-self.weights.num_strips // tile.num_strips)
+        tile_strips = -(-self.weights.num_strips // across)
         self.device.launch(
             f"product_wgmma_{name}_{self.weights.family.name}",
-            (min(tiles, self.device.num_multiprocessors), 1, 1),
+            (min(rows * across, self.device.num_multiprocessors), 1, 1),
             tile.threads,
-            *(quants, scales, self.weights.largest, bias, bias, self.out),
-            self.map,
-            *(groups, *self.numbers, tile_rows, rows),
+            *(self.weights.largest, bias, bias, self.out, groups, *self.numbers[:2]),
+            *(self.map, *self.weights.map(tile_strips)),
+            *(*self.numbers[2:], tile_strips, tile_rows, rows, across, rows * across),
             shared_bytes=wgmma_stages(self.weights.family, tile)[1],
         )
 
@@ -183,15 +190,12 @@ class Problem:
         )
 
     def run_split(self, blocks: int) -> None:
-        quants, scales, bias = self.weights.addresses
-        pitch, rows, *sizes = self.numbers
         self.device.launch(
             f"product_split_{blocks}_{self.weights.family.name}",
             (blocks * -(-self.weights.num_strips // 8), 1, 1),
             384,
-            *(quants, scales, self.weights.largest, bias, self.out, pitch, rows),
-            self.map,
-            *sizes,
+            *(self.weights.largest, self.weights.addresses[2], self.out, *self.numbers),
+            *(self.map, *self.weights.map(8)),
             shared_bytes=split_stages(self.weights.family)[1],
         )
 

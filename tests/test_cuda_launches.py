@@ -59,6 +59,12 @@ class RecordedDevice:
         assert num_rows * pitch * 2 <= self.sizes[address]
         return bytes(128)
 
+    def map_tiles(self, address, tile_bytes, column_tiles, num_strips, box_strips):
+        assert address % 16 == tile_bytes % 16 == 0
+        assert address + tile_bytes * column_tiles * num_strips <= self.end
+        assert 1 <= box_strips <= 256
+        return bytes(128)
+
     def upload(self, address, values):
         pass
 
@@ -103,7 +109,12 @@ def test_every_launch_is_one_that_its_kernel_takes(gpu, config, type_of):
             if name.startswith("product_split"):
                 assert grid[0] % int(name.split("_")[2]) == 0, what  # whole clusters
             if name.startswith("product_wgmma"):
-                assert arguments[-2] <= WGMMA_TILES[name.split("_")[2]].rows, what  # of a tile, in shared memory
+                tile = WGMMA_TILES[name.split("_")[2]]
+                strips, tile_strips, rows, num_row_tiles, across, num_tiles = arguments[-6:]
+                assert rows <= tile.rows, what  # in shared memory
+                assert tile_strips <= tile.num_strips, what
+                assert (across - 1) * tile_strips < strips <= across * tile_strips, what
+                assert num_tiles == across * num_row_tiles, what
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ Grid = tuple[int, int, int]
 # kernels that do not can't be on it at the same time, and none could start while the one before it ends.
 SHARING = ("product", "attention_decode", "attention_wgmma", "normed_route")
 TENSOR_MAP = np.dtype("V128")  # a kernel's argument
+MAX_BOX_WORDS = 256  # of 4 bytes, in one dimension of a tensor map's box
+_SWIZZLED = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+_PLAIN = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
 PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
 
 
@@ -85,27 +88,17 @@ class Device:
         function.prepared_async_call(grid, (threads, 1, 1), self.stream, *arguments, shared_size=shared_bytes)
 
     def map_halves(self, address: int, num_rows: int, pitch: int, box_rows: int) -> bytes:
-        """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them.
+        """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them."""
+        kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _SWIZZLED
+        return _encode_map(kinds, address, (pitch, num_rows), (2 * pitch,), (64, box_rows))
 
-        The driver writes it where it is told, which must be a multiple of 64: cuda-bindings cannot say where.
-        """
-        buffer = ctypes.create_string_buffer(TENSOR_MAP.itemsize + 64)
-        start = -ctypes.addressof(buffer) % 64
-        sizes, strides = (ctypes.c_uint64 * 2)(pitch, num_rows), (ctypes.c_uint64 * 1)(2 * pitch)
-        box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-        code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
-            ctypes.c_void_p(ctypes.addressof(buffer) + start),
-            int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
-            ctypes.c_uint32(2),
-            ctypes.c_void_p(address),
-            *(sizes, strides, box, steps),
-            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
-            int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
-            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-        )
-        _check((driver.CUresult(code),))
-        return buffer.raw[start : start + TENSOR_MAP.itemsize]
+    def map_tiles(self, address: int, tile_bytes: int, column_tiles: int, num_strips: int, box_strips: int) -> bytes:
+        """A tensor map of a plane of cuda.v1 in boxes of one tile of each of so many strips."""
+        piece = min(tile_bytes, MAX_BOX_WORDS * 4)
+        sizes = piece // 4, tile_bytes // piece, column_tiles, num_strips
+        strides = piece, tile_bytes, tile_bytes * column_tiles
+        kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32, _PLAIN
+        return _encode_map(kinds, address, sizes, strides, (*sizes[:2], 1, box_strips))
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.
@@ -227,6 +220,35 @@ class Graph:
     def destroy(self) -> None:
         if self._executable is not None:
             _check(driver.cuGraphExecDestroy(self._executable))
+
+
+def _encode_map(
+    kinds: tuple[driver.CUtensorMapDataType, driver.CUtensorMapSwizzle],
+    address: int,
+    sizes: Sequence[int],  # elements, the innermost first
+    strides: Sequence[int],  # bytes, of all dimensions but the innermost
+    box: Sequence[int],
+) -> bytes:
+    """A tensor map. The driver writes it to a multiple of 64, which cuda-bindings can't be told."""
+    buffer = ctypes.create_string_buffer(TENSOR_MAP.itemsize + 64)
+    start = -ctypes.addressof(buffer) % 64
+    rank = len(sizes)
+    code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(buffer) + start),
+        int(kinds[0]),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+        int(kinds[1]),
+        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+    )
+    _check((driver.CUresult(code),))
+    return buffer.raw[start : start + TENSOR_MAP.itemsize]
 
 
 def _prefer_shared(function: Any, max_bytes: int) -> None:

@@ -25,8 +25,8 @@ EPILOGUES = ("store", "residual", "gelu", "swiglu")
 FEW_TYPES = "PPPPPPPPPPiiiiiiiiif"
 ROWS_TYPES = "PPPPPPPPPiiiiiiiii"
 TILED_TYPES = "PPPPPPPPPiiiiiii"
-WGMMA_TYPES = "PPPPPPTPiiiiiiii"
-SPLIT_TYPES = "PPPPPiiTiiii"
+WGMMA_TYPES = "PPPPPiiTTTTiiiiiiiii"
+SPLIT_TYPES = "PPPiiiiiiTTTT"
 SPLITS = (2, 4, 8)  # blocks of a cluster of product_split.cu
 SPLIT_STAGES = 8  # most of them, past which nothing is gained
 BOX_ROWS = 32  # of x, that wgmma_tiles.cuh copies at once
@@ -116,14 +116,14 @@ def wgmma_tiles(family: Family) -> dict[str, WgmmaTile]:
     return {name: tile for name, tile in WGMMA_TILES.items() if family <= Family.INT8 or tile.strips == 1}
 
 
-def strip_tile_bytes(family: Family) -> int:
-    """Of 16 outputs by 64 inputs in this family."""
-    return sum(np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family])
+def tile_bytes(family: Family) -> list[int]:
+    """Of 16 outputs by 64 inputs in each plane of this family."""
+    return [np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family]]
 
 
 def _stage_bytes(family: Family) -> int:
     """Of a strip, in a stage: with the largest exponents of its rows."""
-    return strip_tile_bytes(family) + (16 if family == Family.MXFP4 else 0)
+    return sum(tile_bytes(family)) + (16 if family == Family.MXFP4 else 0)
 
 
 def wgmma_stages(family: Family, tile: WgmmaTile) -> tuple[int, int]:

@@ -8,6 +8,7 @@ groups of one expert, and the group's rows decide; on a Hopper with more than 12
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from services.executor.cuda.arrays import Epilogue, ExpertSum, Floats, Halves, Normed, Product, Routing
@@ -19,6 +20,7 @@ from services.executor.cuda.kernels import (
     PRODUCT_TILES,
     WGMMA_TILES,
     split_stages,
+    tile_bytes,
     wgmma_stages,
     wgmma_tiles,
 )
@@ -48,6 +50,7 @@ MAX_STRIPS = 128  # of a block of product_one.cu
 ONE_BLOCKS = 3  # of it on each multiprocessor
 FEW_STRIPS = 6  # of a block of product.cu where experts keep the GPU busy
 MAX_MAPS = 1024  # tensor maps that are kept
+NO_MAP = bytes(128)  # a tensor map that is not used
 SPLIT_ROWS = 64  # most that product_split.cu takes at once
 WHOLE_STRIPS = 1024  # from so many strips on a warp of product_rows.cu takes a whole one
 STATIC_BYTES = 10240  # that a kernel's static shared memory stays below
@@ -77,6 +80,7 @@ class Products:
         self._device, self._config, self._workspace = device, config, workspace
         self._is_hopper = device.capability == HOPPER  # where wgmma_tiles.cuh multiplies
         self._map_halves = functools.lru_cache(MAX_MAPS)(device.map_halves)
+        self._map_tiles = functools.cache(device.map_tiles)
 
     def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
         """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""
@@ -127,7 +131,8 @@ class Products:
         if x.is_spread:
             rows = self._gather(x, row_ids, routing.num_pairs) if row_ids else x
             target = (pitch, routing.num_pairs, *sizes)
-            self._launch_wgmma(family, rows, (*planes, address), groups, target, num_groups, routing.group_rows)
+            total = self._config.num_experts * strips
+            self._launch_wgmma(family, rows, planes, total, address, groups, target, num_groups, routing.group_rows)
             return
         addresses = (*planes, x.address, address, row_ids, groups)
         numbers = (x.pitch, pitch, routing.num_pairs, *sizes)
@@ -189,13 +194,12 @@ class Products:
                 f"product_split_{split}_{family.name}",
                 (split * -(-strips // STRIP_GROUP), 1, 1),
                 384,
-                *(*planes[:4], address, pitch, x.num_rows),
-                self._map(x),
-                *(*sizes, epilogue, strips),
+                *(_largest(family, planes), bias, address, pitch, x.num_rows, *sizes, epilogue, strips),
+                *self._maps(family, x, planes, matrix.num_column_tiles, strips, STRIP_GROUP),
                 shared_bytes=split_stages(family)[1],
             )
         elif x.is_spread:
-            self._launch_wgmma(family, x, (*planes, address), 0, numbers)
+            self._launch_wgmma(family, x, planes, strips, address, 0, numbers)
         elif x.num_rows > SMALL_ROWS:
             grid = (-(-strips // NUM_WARPS), -(-x.num_rows // TILED_ROWS), 1)
             addresses = (*planes, x.address, address, 0, 0)
@@ -204,8 +208,12 @@ class Products:
             addresses = (*planes, x.address, address, 0, 0)
             self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, (x.pitch, *numbers), are_groups_early=False)
 
-    def _map(self, x: Halves) -> bytes:
-        return self._map_halves(x.address, x.num_rows, x.pitch, BOX_ROWS)
+    def _maps(
+        self, family: Family, x: Halves, planes: tuple[int, ...], column_tiles: int, num_strips: int, box_strips: int
+    ) -> tuple[bytes, ...]:
+        """Tensor maps of x and of a matrix."""
+        rows = self._map_halves(x.address, x.num_rows, x.pitch, BOX_ROWS)
+        return rows, *map_planes(self._map_tiles, family, planes, (column_tiles, num_strips, box_strips))
 
     def _gather(self, x: Halves, row_ids: int, num_rows: int) -> Halves:
         """Rows of x in the order of `row_ids`, where the experts' outputs will lie."""
@@ -296,7 +304,9 @@ class Products:
         self,
         family: Family,
         x: Halves,
-        addresses: tuple[int, ...],
+        planes: tuple[int, ...],  # and biases
+        total_strips: int,  # of all experts
+        address: int,
         groups: int,
         numbers: tuple[int, ...],  # pitch, rows, outputs, column tiles, epilogue, strips
         num_groups: int = 0,  # of experts' rows; else all rows are one matrix's
@@ -308,14 +318,16 @@ class Products:
             name, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
         tile = WGMMA_TILES[name]
         num_row_tiles = num_groups or -(-x.num_rows // rows)
-        num_tiles = num_row_tiles * -(-num_strips // tile.num_strips)
+        across = -(-num_strips // tile.num_strips)
+        tile_strips = -(-num_strips // across)
+        num_tiles = across * num_row_tiles
         self._device.launch(
             f"product_wgmma_{name}_{family.name}",
             (min(num_tiles, self._device.num_multiprocessors), 1, 1),
             tile.threads,
-            *addresses,
-            self._map(x),
-            *(groups, *numbers, rows, num_row_tiles),
+            *(_largest(family, planes), *planes[3:], address, groups, *numbers[:2]),
+            *self._maps(family, x, planes, numbers[3], total_strips, tile_strips),
+            *(*numbers[2:], tile_strips, rows, num_row_tiles, across, num_tiles),
             shared_bytes=wgmma_stages(family, tile)[1],
         )
 
@@ -356,6 +368,22 @@ def one_row_shared(family: Family, num_parts: int, column_tiles: int) -> int:
 def few_rows_shared(family: Family, num_rows: int, column_tiles: int) -> int:
     """Bytes of product.cu's dynamic shared memory: rings, rows of x, sums of shared strips."""
     return _ring_bytes(family, 40960) + 2 * num_rows * (column_tiles * TILE_COLUMNS + 32) + 1024 * (num_rows + 1)
+
+
+def map_planes(
+    map_tiles: Callable[..., bytes],  # Device.map_tiles
+    family: Family,
+    planes: Sequence[int],
+    sizes: tuple[int, int, int],  # column tiles, strips, strips of a box
+) -> list[bytes]:
+    """Tensor maps of quants, scales and minima, in a kernel's order; zeros for those that the family lacks."""
+    maps = [map_tiles(address, size, *sizes) for address, size in zip(planes, tile_bytes(family), strict=False)]
+    return maps + [NO_MAP] * (3 - len(maps))
+
+
+def _largest(family: Family, planes: tuple[int, ...]) -> int:
+    """Where the largest exponents of MXFP4's rows lie."""
+    return planes[2] if family == Family.MXFP4 else 0
 
 
 def _ring_bytes(family: Family, wanted: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.executor.cuda.kernels import SPLITS, strip_tile_bytes, wgmma_tiles
+from services.executor.cuda.kernels import SPLITS, tile_bytes, wgmma_tiles
 from shared.cuda_layout import Family
 
 ROW_STEP = 32  # of rows of x, that a tile of product_wgmma.cu can have
@@ -20,7 +20,7 @@ def choose_tile(
     num_multiprocessors: int,
 ) -> tuple[str, int]:
     """The tile and its rows with which product_wgmma.cu is reckoned to take the least time."""
-    tile_bytes, tiles = strip_tile_bytes(family), wgmma_tiles(family)
+    strip_bytes, tiles = sum(tile_bytes(family)), wgmma_tiles(family)
 
     def cycles(choice: tuple[str, int]) -> float:
         (strips, _, _), rows = tiles[choice[0]], choice[1]
@@ -29,7 +29,7 @@ def choose_tile(
         rounds = -(-num_tiles // num_multiprocessors)
         # A tensor core multiplies 16 outputs, 64 columns and 32 rows in 16 cycles; there are four.
         multiply = tile_strips * rows / 2
-        fetch = (rows * 128 + tile_strips * tile_bytes) / ROUND_BYTES
+        fetch = (rows * 128 + tile_strips * strip_bytes) / ROUND_BYTES
         return rounds * (column_tiles * max(multiply + OVERHEAD[0] + OVERHEAD[1] * strips, fetch) + START)
 
     names = [name for name in ("high", "wide") if name in tiles]

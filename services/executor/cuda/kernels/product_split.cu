@@ -16,9 +16,7 @@
 constexpr int NUM_THREADS = 384;
 
 struct Product {
-    Planes planes;
-    Output out;
-    const TensorMap* rows;  // of x
+    const Output& out;
     int num_rows, column_tiles, num_strips;
 };
 
@@ -35,24 +33,22 @@ struct Work {
     int first, last, first_strip;
 };
 
-__device__ __forceinline__ void copy_share(const Product& product, const Work& work, Ring& ring) {
-    const int num_strips = product.num_strips - work.first_strip, num_stages = work.last - work.first;
-    const size_t index = static_cast<size_t>(work.first_strip) * product.column_tiles + work.first;
-    WeightStream stream(product.planes, index, num_strips, product.column_tiles);
-    const auto copy = [&](int stage, bool is_first) {
-        stream.copy(ring.weights + stage * STAGE_BYTES);
-        if (is_first) copy_largest(product.planes, ring.weights, work.first_strip, num_strips);
-        arrive_with_copies(ring.full + stage * 8);
+__device__ __forceinline__ void copy_share(const Product& product, const Maps& maps, const Work& work, Ring& ring) {
+    const int num_stages = work.last - work.first;
+    const int num_largest = min(STAGE_STRIPS, product.num_strips - work.first_strip);
+    const auto copy = [&](int stage, int done) {
+        copy_weights(maps, ring.weights + stage * STAGE_BYTES, work.first + done, work.first_strip, STAGE_STRIPS,
+                     done == 0 ? num_largest : 0, ring.full + stage * 8);
     };
-    for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage == 0);
+    for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
     await_inputs();
     start_dependents();
     for (int done = 0; done < num_stages; done++) {
-        if (done >= NUM_STAGES) await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-        if (threadIdx.x == 0)
-            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows,
-                      ring.full + ring.stage * 8);
-        if (done >= NUM_STAGES) copy(ring.stage, false);
+        if (done >= NUM_STAGES) {
+            await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
+            copy(ring.stage, done);
+        }
+        copy_rows(maps, ring.x + ring.stage * X_BYTES, work.first + done, 0, product.num_rows, ring.full + ring.stage * 8);
         ring.advance();
     }
 }
@@ -119,7 +115,7 @@ __device__ __forceinline__ void store_share(const Product& product, const Work& 
 }
 
 template <int BLOCKS>
-__device__ __forceinline__ void run(const Product& product) {
+__device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     extern __shared__ char memory[];
     const uint32_t sums = (shared_address(memory) + 1023) & ~1023u;
     Ring ring(sums + SUMS_BYTES);
@@ -130,7 +126,7 @@ __device__ __forceinline__ void run(const Product& product) {
     const Work work = {product.column_tiles * rank / BLOCKS, product.column_tiles * (rank + 1) / BLOCKS,
                        static_cast<int>(blockIdx.x) / BLOCKS * STAGE_STRIPS};
     if (warp_index() < NUM_COPIERS / 32) {
-        copy_share(product, work, ring);
+        if (threadIdx.x == 0) copy_share(product, maps, work, ring);
         await_cluster();
     } else {
         multiply_share(product, work, ring, sums);
@@ -141,21 +137,27 @@ __device__ __forceinline__ void run(const Product& product) {
 
 #else
 
+struct Maps {
+    const TensorMap *rows, *codes, *scales, *minima;
+    const char* largest;
+};
+
 template <int BLOCKS>
-__device__ __forceinline__ void run(const Product& product) {
+__device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     __trap();  // other architectures take product_rows.cu
 }
 
 #endif
 
-// What comes before the map has 48 bytes, since parameters begin 16 past a multiple of the 64 that it wants.
+// What comes before the maps has 48 bytes, since parameters begin 16 past a multiple of the 64 that they want.
 #define PRODUCT(BLOCKS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
-        const char* quants, const char* scales, const char* minima, const float* bias, void* values, int pitch,       \
-        int num_rows, const __grid_constant__ TensorMap rows, int num_outputs, int column_tiles, int epilogue,        \
-        int num_strips) {                                                                                             \
-        run<BLOCKS>({{quants, scales, minima}, {values, bias, nullptr, pitch, num_outputs, epilogue}, &rows,          \
-                     num_rows, column_tiles, num_strips});                                                            \
+        const char* largest, const float* bias, void* values, int pitch, int num_rows, int num_outputs,               \
+        int column_tiles, int epilogue, int num_strips, const __grid_constant__ TensorMap rows,                       \
+        const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales,                            \
+        const __grid_constant__ TensorMap minima) {                                                                   \
+        const Output out = {values, bias, nullptr, pitch, num_outputs, epilogue};                                     \
+        run<BLOCKS>({out, num_rows, column_tiles, num_strips}, {&rows, &codes, &scales, &minima, largest});           \
     }
 
 #if __CUDA_ARCH__ >= 900

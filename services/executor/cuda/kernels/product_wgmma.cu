@@ -17,11 +17,9 @@
 constexpr int NUM_THREADS = 128 + 128 * NUM_GROUPS;
 
 struct Product {
-    Planes planes;
-    Output out;
-    const TensorMap* rows;  // of x
-    const int4* groups;     // (num_row_tiles,) or null
-    int num_rows, column_tiles, num_strips, tile_rows, num_row_tiles;
+    const Output& out;
+    const int4* groups;  // (num_row_tiles,) or null
+    int num_rows, column_tiles, num_strips, tile_strips, tile_rows, num_row_tiles, across, num_tiles;  // across: of outputs
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -38,29 +36,26 @@ struct Work {
 };
 
 __device__ __forceinline__ Work find_work(const Product& product, int tile) {
-    const int across = (product.num_strips + STAGE_STRIPS - 1) / STAGE_STRIPS;
+    const int across = product.across;
     if (product.groups != nullptr) {
         const int4 group = product.groups[tile / across];
-        return {shared_by_lanes(group.x), group.y, shared_by_lanes(group.z), tile % across * STAGE_STRIPS};
+        return {shared_by_lanes(group.x), shared_by_lanes(group.y), shared_by_lanes(group.z), tile % across * product.tile_strips};
     }
     const int band = tile / (BAND * across), rest = tile % (BAND * across);
     const int tall = min(BAND, product.num_row_tiles - band * BAND);
     const int start = (band * BAND + rest % tall) * product.tile_rows;
-    return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * STAGE_STRIPS};
+    return {0, start, min(product.tile_rows, product.num_rows - start), rest / tall * product.tile_strips};
 }
 
-__device__ __forceinline__ void copy_tiles(const Product& product, const Work& work, Ring& ring) {
-    const int column_tiles = product.column_tiles, num_strips = product.num_strips - work.first_strip;
-    const size_t strip = static_cast<size_t>(work.expert) * product.num_strips + work.first_strip;
-    WeightStream stream(product.planes, strip * column_tiles, num_strips, column_tiles);
-    for (int column_tile = 0; column_tile < column_tiles; column_tile++) {
-        const uint32_t full = ring.full + ring.stage * 8, weights = ring.weights + ring.stage * STAGE_BYTES;
+__device__ __forceinline__ void copy_stages(const Product& product, const Maps& maps, const Work& work, Ring& ring) {
+    const int strip = work.expert * product.num_strips + work.first_strip;
+    const int num_largest = min(product.tile_strips, product.num_strips - work.first_strip);
+    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
+        const uint32_t full = ring.full + ring.stage * 8;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
-        if (threadIdx.x == 0)
-            copy_rows(product.rows, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
-        stream.copy(weights);
-        if (column_tile == 0) copy_largest(product.planes, weights, strip, num_strips);
-        arrive_with_copies(full);
+        copy_weights(maps, ring.weights + ring.stage * STAGE_BYTES, column_tile, strip, product.tile_strips,
+                     column_tile == 0 ? num_largest : 0, full);
+        copy_rows(maps, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
         ring.advance();
     }
 }
@@ -76,7 +71,7 @@ template <int SIZE>
 __device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const Largest& largest,
                                             float (&sums)[SIZE]) {
     constexpr int ROWS = 2 * SIZE;
-    if (strip >= product.num_strips) return;
+    if (strip >= min(product.num_strips, work.first_strip + product.tile_strips)) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const float low_factor = largest.factor(0), high_factor = largest.factor(1);
@@ -165,7 +160,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], sums[s]);
 }
 
-__device__ __forceinline__ void run(const Product& product) {
+__device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     extern __shared__ char memory[];
     Ring ring((shared_address(memory) + 1023) & ~1023u);
     if (threadIdx.x == 0) ring.make_barriers();
@@ -173,13 +168,14 @@ __device__ __forceinline__ void run(const Product& product) {
     __syncthreads();
     await_inputs();
     start_dependents();
-    const int num_tiles = product.num_row_tiles * ((product.num_strips + STAGE_STRIPS - 1) / STAGE_STRIPS);
+    const int num_tiles = product.num_tiles;
     const int warp = warp_index();
     if (warp < NUM_COPIERS / 32) {
         leave_registers<COPIER_REGISTERS>();
+        if (threadIdx.x > 0) return;
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             const Work work = find_work(product, tile);
-            if (work.count > 0) copy_tiles(product, work, ring);
+            if (work.count > 0) copy_stages(product, maps, work, ring);
         }
         return;
     }
@@ -193,17 +189,25 @@ __device__ __forceinline__ void run(const Product& product) {
 
 #else
 
-__device__ __forceinline__ void run(const Product& product) {
+struct Maps {
+    const TensorMap *rows, *codes, *scales, *minima;
+    const char* largest;
+};
+
+__device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     __trap();  // other architectures take product_tiled.cu
 }
 
 #endif
 
-// What comes before the map has 48 bytes, since parameters begin 16 past a multiple of the 64 that it wants.
+// What comes before the maps has 48 bytes, since parameters begin 16 past a multiple of the 64 that they want.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma(
-    const char* quants, const char* scales, const char* minima, const float* bias, const float* up_bias, void* values,
-    const __grid_constant__ TensorMap rows, const int4* groups, int pitch, int num_rows, int num_outputs,
-    int column_tiles, int epilogue, int num_strips, int tile_rows, int num_row_tiles) {
-    run({{quants, scales, minima}, {values, bias, up_bias, pitch, num_outputs, epilogue}, &rows, groups, num_rows,
-         column_tiles, num_strips, tile_rows, num_row_tiles});
+    const char* largest, const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows,
+    const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap codes,
+    const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap minima, int num_outputs, int column_tiles,
+    int epilogue, int num_strips, int tile_strips, int tile_rows, int num_row_tiles, int across,
+    int num_tiles) {
+    const Output out = {values, bias, up_bias, pitch, num_outputs, epilogue};
+    run({out, groups, num_rows, column_tiles, num_strips, tile_strips, tile_rows, num_row_tiles, across, num_tiles},
+        {&rows, &codes, &scales, &minima, largest});
 }

@@ -121,6 +121,22 @@ __device__ __forceinline__ void copy_box(uint32_t target, const TensorMap* map, 
         : "memory");
 }
 
+// The same of four dimensions, whole in the first two.
+__device__ __forceinline__ void copy_tiles(uint32_t target, const TensorMap* map, int column_tile, int strip,
+                                           uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::
+            "r"(target), "l"(map), "r"(0), "r"(column_tile), "r"(strip), "r"(barrier)
+        : "memory");
+}
+
+// Bytes one after another, multiples of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t target, const char* source, int num_bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+                 "l"(source), "r"(num_bytes), "r"(barrier)
+                 : "memory");
+}
+
 // The phase of this parity is over.
 __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
     uint32_t is_over;

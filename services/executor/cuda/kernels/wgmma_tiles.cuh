@@ -1,7 +1,6 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// NUM_COPIERS threads fill a stage of 64 columns, one of them with x in boxes of its tensor map; the others, groups of
-// four warps, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
+// One thread fills stages of 64 columns, in boxes of tensor maps; the other warps, groups of four, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
 // registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before
 // run. x is the operand in shared memory, spread (spread.cuh).
 //
@@ -15,7 +14,7 @@
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-constexpr int NUM_COPIERS = 128;  // threads; the others multiply
+constexpr int NUM_COPIERS = 128;  // threads, whose registers the others get: one copies, the others multiply
 constexpr int STAGE_STRIPS = (NUM_THREADS - NUM_COPIERS) / 32 * MAX_STRIPS;
 constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
 constexpr int BOX_ROWS = 32;    // that are copied at once, as the tensor map says
@@ -45,7 +44,7 @@ struct Ring {
     // One thread of the block makes them.
     __device__ __forceinline__ void make_barriers() const {
         for (int stage = 0; stage < NUM_STAGES; stage++) {
-            make_barrier(full + stage * 8, NUM_COPIERS + 1);  // the threads' weights, and x
+            make_barrier(full + stage * 8, 2);  // weights, and x
             make_barrier(empty + stage * 8, NUM_THREADS - NUM_COPIERS);  // all that read: racecheck counts on it
         }
     }
@@ -55,68 +54,33 @@ struct Ring {
     }
 };
 
-// A stage's weights in one plane, SIZE bytes of each strip, whose bytes of all column tiles are `pitch`.
-template <int SIZE>
-__device__ __forceinline__ void copy_plane(uint32_t target, const char* source, int num_strips, int pitch) {
-    constexpr int TOTAL = STAGE_STRIPS * SIZE, PASS = NUM_COPIERS * 16;  // bytes
-    static_assert(PASS % SIZE == 0 || SIZE % PASS == 0, "a pass is some strips or a part of one");
-    int strip = threadIdx.x * 16 / SIZE;
-    uint32_t place = strip * pitch + threadIdx.x * 16 % SIZE;
-#pragma unroll
-    for (int byte = 0; byte < TOTAL; byte += PASS) {
-        if (byte + threadIdx.x * 16 < TOTAL && strip < num_strips)
-            copy_async<16>(target + byte + threadIdx.x * 16, source + place);
-        if (SIZE > PASS && (byte + PASS) % SIZE != 0) {
-            place += PASS;
-        } else {
-            strip += SIZE > PASS ? 1 : PASS / SIZE;
-            place += SIZE > PASS ? pitch - (SIZE - PASS) : PASS / SIZE * pitch;
-        }
-    }
-}
-
-// Where the next stage's weights come from: tiles of `num_strips` strips at most, from tile `index` of the planes on.
-struct WeightStream {
-    const char *codes, *scales, *minima;
-    int num_strips, column_tiles;
-
-    __device__ __forceinline__ WeightStream(const Planes& planes, size_t index, int num_strips, int column_tiles)
-        : codes(planes.quants + index * TILE_CODES),
-          scales(planes.scales + index * TILE_SCALES),
-          minima(planes.minima + index * TILE_MINIMA),
-          num_strips(num_strips),
-          column_tiles(column_tiles) {}
-
-    // To a stage; the stream goes on to the next column tile.
-    __device__ __forceinline__ void copy(uint32_t weights) {
-        copy_plane<TILE_CODES>(weights, codes, num_strips, column_tiles * TILE_CODES);
-        codes += TILE_CODES;
-#if FAMILY <= 3
-        copy_plane<TILE_SCALES>(weights + SCALES_AT, scales, num_strips, column_tiles * TILE_SCALES);
-        scales += TILE_SCALES;
-#endif
-#if FAMILY == 2
-        copy_plane<TILE_MINIMA>(weights + MINIMA_AT, minima, num_strips, column_tiles * TILE_MINIMA);
-        minima += TILE_MINIMA;
-#endif
-    }
+// Where x and the planes of a matrix lie, in boxes that stages take.
+struct Maps {
+    const TensorMap *rows, *codes, *scales, *minima;
+    const char* largest;  // of MXFP4: (strips, 16) bytes
 };
 
-// Into a stage, too: the largest exponents of its strips, the first one number `strip` of the matrix.
-__device__ __forceinline__ void copy_largest(const Planes& planes, uint32_t weights, size_t strip, int num_strips) {
-#if FAMILY == 0
-    copy_plane<TILE_LARGEST>(weights + LARGEST_AT, planes.minima + strip * TILE_LARGEST, num_strips, TILE_LARGEST);
-#endif
+// A stage's weights, `count` strips from `strip` on of all, as the maps' boxes have; at the first column tile of a tile also
+// the largest exponents of `num_largest` of them. One thread calls, whose arrival at the barrier this is.
+__device__ __forceinline__ void copy_weights(const Maps& maps, uint32_t weights, int column_tile, int strip, int count,
+                                             int num_largest, uint32_t barrier) {
+    arrive_with_bytes(barrier, count * (TILE_CODES + TILE_SCALES + TILE_MINIMA) + num_largest * TILE_LARGEST);
+    copy_tiles(weights, maps.codes, column_tile, strip, barrier);
+    if (TILE_SCALES > 0) copy_tiles(weights + SCALES_AT, maps.scales, column_tile, strip, barrier);
+    if (TILE_MINIMA > 0) copy_tiles(weights + MINIMA_AT, maps.minima, column_tile, strip, barrier);
+    if (TILE_LARGEST > 0 && num_largest > 0)
+        copy_bytes(weights + LARGEST_AT, maps.largest + static_cast<size_t>(strip) * TILE_LARGEST,
+                   num_largest * TILE_LARGEST, barrier);
 }
 
 // A stage's x: `count` rows from `row` on, in whole boxes. One thread calls, whose arrival at the barrier this is.
-__device__ __forceinline__ void copy_rows(const TensorMap* rows, uint32_t x, int column_tile, int row, int count,
+__device__ __forceinline__ void copy_rows(const Maps& maps, uint32_t x, int column_tile, int row, int count,
                                           uint32_t barrier) {
     const int num_boxes = (count + BOX_ROWS - 1) / BOX_ROWS;
     arrive_with_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
 #pragma unroll 1
     for (int box = 0; box < num_boxes; box++)
-        copy_box(x + box * BOX_ROWS * ROW_BYTES, rows, column_tile * 64, row + box * BOX_ROWS, barrier);
+        copy_box(x + box * BOX_ROWS * ROW_BYTES, maps.rows, column_tile * 64, row + box * BOX_ROWS, barrier);
 }
 
 template <typename T>
