@@ -69,10 +69,12 @@ class Weights:
         device.synchronize()
 
     @functools.cache  # noqa: B019 - these weights live as long as the benchmark
-    def map(self, box_strips: int) -> list[bytes]:
+    def map(self, box_tiles: int, box_strips: int) -> list[bytes]:
         """Tensor maps of the planes."""
         strips = len(self.quants) * self.num_strips
-        return map_planes(self.device.map_tiles, self.family, self.addresses, (self.column_tiles, strips, box_strips))
+        return map_planes(
+            self.device.map_tiles, self.family, self.addresses, (self.column_tiles, strips, box_tiles, box_strips)
+        )
 
     def strip(self, expert: int, strip: int) -> Array:
         """The values of a strip, (16, 64 column tiles) float64."""
@@ -171,7 +173,7 @@ class Problem:
             (min(rows * across, self.device.num_multiprocessors), 1, 1),
             tile.threads,
             *(self.weights.largest, bias, bias, self.out, groups, *self.numbers[:2]),
-            *(self.map, *self.weights.map(tile_strips)),
+            *(self.map, *self.weights.map(tile.stage_tiles, tile_strips)),
             *(*self.numbers[2:], tile_strips, tile_rows, rows, across, rows * across),
             shared_bytes=wgmma_stages(self.weights.family, tile)[1],
         )
@@ -195,7 +197,7 @@ class Problem:
             (blocks * -(-self.weights.num_strips // 8), 1, 1),
             384,
             *(self.weights.largest, self.weights.addresses[2], self.out, *self.numbers),
-            *(self.map, *self.weights.map(8)),
+            *(self.map, *self.weights.map(1, 8)),
             shared_bytes=split_stages(self.weights.family)[1],
         )
 

@@ -59,9 +59,10 @@ class RecordedDevice:
         assert num_rows * pitch * 2 <= self.sizes[address]
         return bytes(128)
 
-    def map_tiles(self, address, tile_bytes, column_tiles, num_strips, box_strips):
+    def map_tiles(self, address, tile_bytes, column_tiles, num_strips, box_tiles, box_strips):
         assert address % 16 == tile_bytes % 16 == 0
         assert address + tile_bytes * column_tiles * num_strips <= self.end
+        assert 1 <= box_tiles <= 2
         assert 1 <= box_strips <= 256
         return bytes(128)
 

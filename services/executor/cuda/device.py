@@ -92,13 +92,15 @@ class Device:
         kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _SWIZZLED
         return _encode_map(kinds, address, (pitch, num_rows), (2 * pitch,), (64, box_rows))
 
-    def map_tiles(self, address: int, tile_bytes: int, column_tiles: int, num_strips: int, box_strips: int) -> bytes:
-        """A tensor map of a plane of cuda.v1 in boxes of one tile of each of so many strips."""
+    def map_tiles(
+        self, address: int, tile_bytes: int, column_tiles: int, num_strips: int, box_tiles: int, box_strips: int
+    ) -> bytes:
+        """A tensor map of a plane of cuda.v1 in boxes of so many tiles of each of so many strips."""
         piece = min(tile_bytes, MAX_BOX_WORDS * 4)
         sizes = piece // 4, tile_bytes // piece, column_tiles, num_strips
         strides = piece, tile_bytes, tile_bytes * column_tiles
         kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32, _PLAIN
-        return _encode_map(kinds, address, sizes, strides, (*sizes[:2], 1, box_strips))
+        return _encode_map(kinds, address, sizes, strides, (*sizes[:2], box_tiles, box_strips))
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.

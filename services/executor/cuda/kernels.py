@@ -43,6 +43,7 @@ class WgmmaTile(NamedTuple):
     strips: int  # of a warp
     groups: int  # of four warps that multiply
     rows: int  # of x, at most
+    stage_tiles: int  # of 64 columns, that a stage has
 
     @property
     def num_strips(self) -> int:
@@ -56,7 +57,7 @@ class WgmmaTile(NamedTuple):
 
 
 # High tiles decode a weight for the most rows, low ones have the most warps that decode.
-WGMMA_TILES = {"high": WgmmaTile(1, 2, 256), "wide": WgmmaTile(2, 2, 128), "low": WgmmaTile(1, 4, 64)}
+WGMMA_TILES = {"high": WgmmaTile(1, 2, 256, 1), "wide": WgmmaTile(2, 2, 128, 1), "low": WgmmaTile(1, 4, 64, 2)}
 
 ROWS = Module("rows")
 ROWS_ENTRIES = [(name, name, types) for name, types in (("add", "PPi"), ("gather", "PPPi"), ("gather_halves", "PPPi"))]
@@ -121,21 +122,22 @@ def tile_bytes(family: Family) -> list[int]:
     return [np.dtype(dtype).itemsize * math.prod(axes.values()) for _, dtype, axes in TILES[family]]
 
 
-def _stage_bytes(family: Family) -> int:
-    """Of a strip, in a stage: with the largest exponents of its rows."""
-    return sum(tile_bytes(family)) + (16 if family == Family.MXFP4 else 0)
+def _largest_bytes(family: Family) -> int:
+    """Of a strip, in a stage: the largest exponents of MXFP4's rows."""
+    return 16 if family == Family.MXFP4 else 0
 
 
 def wgmma_stages(family: Family, tile: WgmmaTile) -> tuple[int, int]:
     """How many stages of product_wgmma.cu shared memory holds, and their bytes with their barriers, to be aligned."""
-    stage = tile.rows * 64 * 2 + tile.num_strips * _stage_bytes(family) + 16
+    stage = tile.stage_tiles * (tile.rows * 64 * 2 + tile.num_strips * sum(tile_bytes(family)))
+    stage += tile.num_strips * _largest_bytes(family) + 16
     num_stages = (WGMMA_SHARED - 1024) // stage
     return num_stages, num_stages * stage + 1024
 
 
 def split_stages(family: Family) -> tuple[int, int]:
     """The same of product_split.cu, with the sums that a cluster's blocks exchange."""
-    stage = 64 * 64 * 2 + 8 * _stage_bytes(family) + 16
+    stage = 64 * 64 * 2 + 8 * (sum(tile_bytes(family)) + _largest_bytes(family)) + 16
     sums = 64 * 128 * 4
     num_stages = min(SPLIT_STAGES, (WGMMA_SHARED - 1024 - sums) // stage)
     return num_stages, num_stages * stage + sums + 1024
@@ -156,8 +158,9 @@ def product_modules(family: Family) -> dict[Module, Sequence[Entry]]:
         Module("embed", constants): [(f"embed_{suffix}", "embed", "PPPPPii")],
     }
     for name, tile in wgmma_tiles(family).items():
-        sizes = (("WARP_STRIPS", tile.strips), ("NUM_GROUPS", tile.groups), ("TILE_ROWS", tile.rows))
-        module = Module("product_wgmma", (*constants, *sizes, ("NUM_STAGES", wgmma_stages(family, tile)[0])))
+        names = ("WARP_STRIPS", "NUM_GROUPS", "TILE_ROWS", "STAGE_TILES", "NUM_STAGES")
+        sizes = tuple(zip(names, (*tile, wgmma_stages(family, tile)[0]), strict=True))
+        module = Module("product_wgmma", (*constants, *sizes))
         modules[module] = [(f"product_wgmma_{name}_{suffix}", "product_wgmma", WGMMA_TYPES)]
     if family == Family.MXFP4:
         modules[Module("largest")] = [("largest", "largest", "PPii")]

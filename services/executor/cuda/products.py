@@ -195,7 +195,7 @@ class Products:
                 (split * -(-strips // STRIP_GROUP), 1, 1),
                 384,
                 *(_largest(family, planes), bias, address, pitch, x.num_rows, *sizes, epilogue, strips),
-                *self._maps(family, x, planes, matrix.num_column_tiles, strips, STRIP_GROUP),
+                *self._maps(family, x, planes, (matrix.num_column_tiles, strips, 1, STRIP_GROUP)),
                 shared_bytes=split_stages(family)[1],
             )
         elif x.is_spread:
@@ -209,11 +209,11 @@ class Products:
             self._run_rows(family, _row_tiles(x.num_rows), 1, addresses, (x.pitch, *numbers), are_groups_early=False)
 
     def _maps(
-        self, family: Family, x: Halves, planes: tuple[int, ...], column_tiles: int, num_strips: int, box_strips: int
+        self, family: Family, x: Halves, planes: tuple[int, ...], sizes: tuple[int, int, int, int]
     ) -> tuple[bytes, ...]:
         """Tensor maps of x and of a matrix."""
         rows = self._map_halves(x.address, x.num_rows, x.pitch, BOX_ROWS)
-        return rows, *map_planes(self._map_tiles, family, planes, (column_tiles, num_strips, box_strips))
+        return rows, *map_planes(self._map_tiles, family, planes, sizes)
 
     def _gather(self, x: Halves, row_ids: int, num_rows: int) -> Halves:
         """Rows of x in the order of `row_ids`, where the experts' outputs will lie."""
@@ -326,7 +326,7 @@ class Products:
             (min(num_tiles, self._device.num_multiprocessors), 1, 1),
             tile.threads,
             *(_largest(family, planes), *planes[3:], address, groups, *numbers[:2]),
-            *self._maps(family, x, planes, numbers[3], total_strips, tile_strips),
+            *self._maps(family, x, planes, (numbers[3], total_strips, tile.stage_tiles, tile_strips)),
             *(*numbers[2:], tile_strips, rows, num_row_tiles, across, num_tiles),
             shared_bytes=wgmma_stages(family, tile)[1],
         )
@@ -374,7 +374,7 @@ def map_planes(
     map_tiles: Callable[..., bytes],  # Device.map_tiles
     family: Family,
     planes: Sequence[int],
-    sizes: tuple[int, int, int],  # column tiles, strips, strips of a box
+    sizes: tuple[int, int, int, int],  # column tiles, strips, both of a box
 ) -> list[bytes]:
     """Tensor maps of quants, scales and minima, in a kernel's order; zeros for those that the family lacks."""
     maps = [map_tiles(address, size, *sizes) for address, size in zip(planes, tile_bytes(family), strict=False)]

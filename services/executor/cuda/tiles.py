@@ -23,14 +23,14 @@ def choose_tile(
     strip_bytes, tiles = sum(tile_bytes(family)), wgmma_tiles(family)
 
     def cycles(choice: tuple[str, int]) -> float:
-        (strips, _, _), rows = tiles[choice[0]], choice[1]
-        tile_strips = tiles[choice[0]].num_strips
+        tile, rows = tiles[choice[0]], choice[1]
+        tile_strips = tile.num_strips
         num_tiles = -(-num_strips // tile_strips) * -(-num_rows // rows)
         rounds = -(-num_tiles // num_multiprocessors)
         # A tensor core multiplies 16 outputs, 64 columns and 32 rows in 16 cycles; there are four.
         multiply = tile_strips * rows / 2
         fetch = (rows * 128 + tile_strips * strip_bytes) / ROUND_BYTES
-        return rounds * (column_tiles * max(multiply + OVERHEAD[0] + OVERHEAD[1] * strips, fetch) + START)
+        return rounds * (column_tiles * max(multiply + OVERHEAD[0] + OVERHEAD[1] * tile.strips, fetch) + START)
 
     names = [name for name in ("high", "wide") if name in tiles]
     return min(((name, rows) for name in names for rows in range(ROW_STEP, tiles[name].rows + 1, ROW_STEP)), key=cycles)

@@ -23,6 +23,7 @@ struct Product {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int MAX_ROWS = 64;
 constexpr int MAX_STRIPS = 1;  // of a warp
+constexpr int STAGE_TILES = 1;
 constexpr bool TAKES_TURNS = false;
 #include "wgmma_tiles.cuh"
 

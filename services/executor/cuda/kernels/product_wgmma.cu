@@ -50,7 +50,7 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
 __device__ __forceinline__ void copy_stages(const Product& product, const Maps& maps, const Work& work, Ring& ring) {
     const int strip = work.expert * product.num_strips + work.first_strip;
     const int num_largest = min(product.tile_strips, product.num_strips - work.first_strip);
-    for (int column_tile = 0; column_tile < product.column_tiles; column_tile++) {
+    for (int column_tile = 0; column_tile < product.column_tiles; column_tile += STAGE_TILES) {
         const uint32_t full = ring.full + ring.stage * 8;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         copy_weights(maps, ring.weights + ring.stage * STAGE_BYTES, column_tile, strip, product.tile_strips,
@@ -71,6 +71,7 @@ template <int SIZE>
 __device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const Largest& largest,
                                             float (&sums)[SIZE]) {
     constexpr int ROWS = 2 * SIZE;
+    constexpr bool IS_LOW = NUM_GROUPS == 4;  // then of experts, whose sums are not added to anything
     if (strip >= min(product.num_strips, work.first_strip + product.tile_strips)) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -107,7 +108,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         const float factor = upper ? high_factor : low_factor;
         const float bias = out.bias == nullptr ? 0.0f : out.bias[first_bias + output];
         const size_t first = first_row * out.pitch + output;
-        if (out.epilogue == GELU) {
+        if (!IS_LOW && out.epilogue == GELU) {
             __half* values = static_cast<__half*>(out.values) + first_row * out.pitch + spread(output);
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++) {
@@ -129,7 +130,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
             float* const rows[4] = {values, values + out.pitch, values + 8 * static_cast<size_t>(out.pitch),
                                     values + 9 * static_cast<size_t>(out.pitch)};
             float before[4] = {};
-            if (out.epilogue == RESIDUAL)
+            if (!IS_LOW && out.epilogue == RESIDUAL)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     if (8 * (j + i / 2) + 2 * t + i % 2 < work.count) before[i] = *rows[i];
@@ -153,7 +154,7 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     Largest largest[STRIPS];
     float sums[STRIPS][ROWS / 2];
     if constexpr (IS_LOW)
-        multiply_in_line(ring, first, column_tiles, work.count, largest, sums);
+        multiply_in_line(ring, first, (column_tiles + STAGE_TILES - 1) / STAGE_TILES, work.count, largest, sums);
     else
         multiply_stages<32>(ring, first, column_tiles, work.count, largest, sums);
 #pragma unroll

@@ -1,14 +1,14 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// One thread fills stages of 64 columns, in boxes of tensor maps; the other warps, groups of four, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
+// One thread fills stages of some columns, in boxes of tensor maps; the other warps, groups of four, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
 // registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before
 // run. x is the operand in shared memory, spread (spread.cuh).
 //
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
 //
-// What includes this says before: NUM_THREADS of a block, MAX_ROWS of a stage, MAX_STRIPS, the most of a warp, and whether
-// the groups, two of them, take turns; NUM_STAGES is a -D.
+// What includes this says before: NUM_THREADS of a block, MAX_ROWS and STAGE_TILES (of 64 columns) of a stage, MAX_STRIPS, the
+// most of a warp, and whether the groups, two of them, take turns; NUM_STAGES is a -D.
 #pragma once
 
 #include "weights.cuh"
@@ -16,15 +16,16 @@
 
 constexpr int NUM_COPIERS = 128;  // threads, whose registers the others get: one copies, the others multiply
 constexpr int STAGE_STRIPS = (NUM_THREADS - NUM_COPIERS) / 32 * MAX_STRIPS;
-constexpr int ROW_BYTES = 128;  // of a stage: 64 columns
+constexpr int ROW_BYTES = 128;  // of 64 columns of x
 constexpr int BOX_ROWS = 32;    // that are copied at once, as the tensor map says
-constexpr int X_BYTES = MAX_ROWS * ROW_BYTES;
+constexpr int PANEL_BYTES = MAX_ROWS * ROW_BYTES, X_BYTES = STAGE_TILES * PANEL_BYTES;
 constexpr int TILE_CODES = NUM_LOADS * 512;           // of a strip's tile
 constexpr int TILE_SCALES = FAMILY == 0 ? 32 : FAMILY == 1 ? 64 : FAMILY == 2 ? 128 : FAMILY == 3 ? 256 : 0;
 constexpr int TILE_MINIMA = FAMILY == 2 ? 128 : 0;
-constexpr int SCALES_AT = STAGE_STRIPS * TILE_CODES, MINIMA_AT = SCALES_AT + STAGE_STRIPS * TILE_SCALES;
+constexpr int SCALES_AT = STAGE_STRIPS * STAGE_TILES * TILE_CODES;
+constexpr int MINIMA_AT = SCALES_AT + STAGE_STRIPS * STAGE_TILES * TILE_SCALES;
 constexpr int TILE_LARGEST = FAMILY == 0 ? 16 : 0;  // exponents of a strip's rows: g, g + 8, g + 1, ...
-constexpr int LARGEST_AT = MINIMA_AT + STAGE_STRIPS * TILE_MINIMA;
+constexpr int LARGEST_AT = MINIMA_AT + STAGE_STRIPS * STAGE_TILES * TILE_MINIMA;
 constexpr int STAGE_BYTES = LARGEST_AT + STAGE_STRIPS * TILE_LARGEST;  // of weights
 
 // Where the stages and their barriers lie in shared memory.
@@ -64,7 +65,7 @@ struct Maps {
 // the largest exponents of `num_largest` of them. One thread calls, whose arrival at the barrier this is.
 __device__ __forceinline__ void copy_weights(const Maps& maps, uint32_t weights, int column_tile, int strip, int count,
                                              int num_largest, uint32_t barrier) {
-    arrive_with_bytes(barrier, count * (TILE_CODES + TILE_SCALES + TILE_MINIMA) + num_largest * TILE_LARGEST);
+    arrive_with_bytes(barrier, count * STAGE_TILES * (TILE_CODES + TILE_SCALES + TILE_MINIMA) + num_largest * TILE_LARGEST);
     copy_tiles(weights, maps.codes, column_tile, strip, barrier);
     if (TILE_SCALES > 0) copy_tiles(weights + SCALES_AT, maps.scales, column_tile, strip, barrier);
     if (TILE_MINIMA > 0) copy_tiles(weights + MINIMA_AT, maps.minima, column_tile, strip, barrier);
@@ -77,10 +78,13 @@ __device__ __forceinline__ void copy_weights(const Maps& maps, uint32_t weights,
 __device__ __forceinline__ void copy_rows(const Maps& maps, uint32_t x, int column_tile, int row, int count,
                                           uint32_t barrier) {
     const int num_boxes = (count + BOX_ROWS - 1) / BOX_ROWS;
-    arrive_with_bytes(barrier, num_boxes * BOX_ROWS * ROW_BYTES);
+    arrive_with_bytes(barrier, num_boxes * STAGE_TILES * BOX_ROWS * ROW_BYTES);
 #pragma unroll 1
     for (int box = 0; box < num_boxes; box++)
-        copy_box(x + box * BOX_ROWS * ROW_BYTES, maps.rows, column_tile * 64, row + box * BOX_ROWS, barrier);
+#pragma unroll
+        for (int tile = 0; tile < STAGE_TILES; tile++)
+            copy_box(x + tile * PANEL_BYTES + box * BOX_ROWS * ROW_BYTES, maps.rows, (column_tile + tile) * 64,
+                     row + box * BOX_ROWS, barrier);
 }
 
 template <typename T>
@@ -106,8 +110,9 @@ __device__ __forceinline__ uint4 read_shared<uint4>(uint32_t address) {
     return value;
 }
 
-// load_tile, from strip `strip` of the weights of a stage.
-__device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int strip, int lane) {
+// load_tile, from strip `strip` of the weights of a stage, tile `index` of its STAGE_TILES.
+__device__ __forceinline__ void take_tile(Tile& tile, uint32_t weights, int strip, int index, int lane) {
+    strip = strip * STAGE_TILES + index;
 #pragma unroll
     for (int i = 0; i < NUM_LOADS; i++)
         tile.codes[i] = read_shared<uint4>(weights + strip * TILE_CODES + i * 512 + lane * 16);
@@ -202,21 +207,24 @@ constexpr int NUM_BLOCKS = STRIPS == 1 ? 2 : 1;
 template <int STRIPS>
 using Operands = uint32_t[STRIPS][NUM_BLOCKS<STRIPS>][2][4];
 
-// The products of such blocks, for ROWS rows, added to the sums.
-template <int ROWS, int STRIPS, int SIZE>
-__device__ __forceinline__ void start_products(float (&sums)[STRIPS][SIZE], const Operands<STRIPS>& a, uint32_t b) {
+// The products of such blocks of TILES tiles, for ROWS rows, added to the sums.
+template <int ROWS, int TILES, int STRIPS, int SIZE>
+__device__ __forceinline__ void start_products(float (&sums)[STRIPS][SIZE], const Operands<STRIPS> (&a)[TILES], uint32_t b) {
     before_products();
 #pragma unroll
-    for (int step = 0; step < 2 * NUM_BLOCKS<STRIPS>; step++)
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int s = 0; s < STRIPS; s++)
-            start_product<ROWS>(sums[s], a[s][step / 2][step % 2], b + step * 2, 1);
+        for (int step = 0; step < 2 * NUM_BLOCKS<STRIPS>; step++)
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++)
+                start_product<ROWS>(sums[s], a[tile][s][step / 2][step % 2], b + tile * (PANEL_BYTES / 16) + step * 2, 1);
     commit_products();
 }
 
 // The same for as few rows, LEAST and then in steps of STEP, as hold `count`.
-template <int STEP, int LEAST, int ROWS, int STRIPS, int SIZE>
-__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][SIZE], const Operands<STRIPS>& a, uint32_t b, int count) {
+template <int STEP, int LEAST, int ROWS, int TILES, int STRIPS, int SIZE>
+__device__ __forceinline__ void start_rows(float (&sums)[STRIPS][SIZE], const Operands<STRIPS> (&a)[TILES], uint32_t b,
+                                           int count) {
     if constexpr (ROWS > LEAST)
         if (count <= ROWS - STEP) return start_rows<STEP, LEAST, ROWS - STEP>(sums, a, b, count);
     start_products<ROWS>(sums, a, b);
@@ -238,13 +246,14 @@ struct StageWeights {
     Tile tiles[STRIPS];
     Scales scales[STRIPS];
 
-    __device__ __forceinline__ void take(const Ring& ring, int first, const Largest (&largest)[STRIPS]) {
+    // Tile `index` of each strip.
+    __device__ __forceinline__ void take(const Ring& ring, int first, int index, const Largest (&largest)[STRIPS]) {
         const int lane = threadIdx.x % 32;
         const uint32_t weights = ring.weights + ring.stage * STAGE_BYTES;
-        await_barrier(ring.full + ring.stage * 8, ring.phase);
+        if (index == 0) await_barrier(ring.full + ring.stage * 8, ring.phase);
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) {
-            take_tile(tiles[s], weights, first + 4 * s, lane);
+            take_tile(tiles[s], weights, first + 4 * s, index, lane);
             scales[s].take(tiles[s], largest[s]);
         }
     }
@@ -264,15 +273,16 @@ struct StageWeights {
 template <int LEAST, int STRIPS, int SIZE>
 __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count, Largest (&largest)[STRIPS],
                                                 float (&sums)[STRIPS][SIZE]) {
+    static_assert(STAGE_TILES == 1, "a stage is 64 columns");
     constexpr int NUM_PARTS = 2 / NUM_BLOCKS<STRIPS>;  // of a stage
     const int num_parts = num_stages * NUM_PARTS, group = warp_index() / 4 - NUM_COPIERS / 128;
     StageWeights<STRIPS> weights;
-    Operands<STRIPS> a[2];
+    Operands<STRIPS> a[2][1];
 #pragma unroll
     for (int i = 0; i < STRIPS * SIZE; i++) sums[i / SIZE][i % SIZE] = 0.0f;
     take_largest(ring, first, largest);
-    weights.take(ring, first, largest);
-    weights.decode(0, a[0]);
+    weights.take(ring, first, 0, largest);
+    weights.decode(0, a[0][0]);
     int last_stage = -1;
     for (int pair = 0; pair < num_parts; pair += 2)
 #pragma unroll
@@ -290,8 +300,8 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
             }
             if (part + 1 == NUM_PARTS) ring.advance();
             if (done + 1 < num_parts) {
-                if (part + 1 == NUM_PARTS) weights.take(ring, first, largest);
-                weights.decode((part + 1) % NUM_PARTS, a[1 - odd]);
+                if (part + 1 == NUM_PARTS) weights.take(ring, first, 0, largest);
+                weights.decode((part + 1) % NUM_PARTS, a[1 - odd][0]);
             }
         }
     await_products<0>();
@@ -305,17 +315,25 @@ template <int SIZE>
 __device__ __forceinline__ void multiply_in_line(Ring& ring, int first, int num_stages, int count, Largest (&largest)[1],
                                                  float (&sums)[1][SIZE]) {
     StageWeights<1> weights;
-    Operands<1> a;
+    constexpr int AT_ONCE = 2 * SIZE <= 32 ? STAGE_TILES : 1;  // tiles whose operands the registers hold
+    Operands<1> a[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < SIZE; i++) sums[0][i] = 0.0f;
     take_largest(ring, first, largest);
     uint32_t empty = 0;
     for (int stage = 0; stage < num_stages; stage++) {
-        await_products<0>();
-        if (stage > 0) arrive(empty);
-        weights.take(ring, first, largest);
-        weights.decode(0, a);
-        start_rows<16, 2 * SIZE <= 32 ? 16 : 2 * SIZE - 16, 2 * SIZE>(sums, a, operand(ring.x + ring.stage * X_BYTES), count);
+#pragma unroll
+        for (int first_tile = 0; first_tile < STAGE_TILES; first_tile += AT_ONCE) {
+            await_products<0>();
+            if (first_tile == 0 && stage > 0) arrive(empty);
+#pragma unroll
+            for (int tile = 0; tile < AT_ONCE; tile++) {
+                weights.take(ring, first, first_tile + tile, largest);
+                weights.decode(0, a[tile]);
+            }
+            start_rows<16, 2 * SIZE <= 32 ? 16 : 2 * SIZE - 16, 2 * SIZE>(
+                sums, a, operand(ring.x + ring.stage * X_BYTES + first_tile * PANEL_BYTES), count);
+        }
         empty = ring.empty + ring.stage * 8;
         ring.advance();
     }
