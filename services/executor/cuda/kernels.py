@@ -101,7 +101,7 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("router", "router", "PPPPiiii"),
             ("choose_experts", "choose_experts", "PPPiii"),
             ("route", "route", "PPPPPPiiiii"),
-            ("normed_route", "normed_route", "PPPPPPPPPPPPiiiiiif"),
+            ("normed_route", "normed_route", "PPPPPPPPPPPPiiiiiiif"),
             ("combine", "combine", "PPPPii"),
         ]
         modules[Module("combine_many")] = [("combine_many", "combine_many", "PPPPii")]

@@ -183,12 +183,12 @@ class CudaOps:
         pairs = num_rows * num_used
         if not (isinstance(x, Normed) and num_rows <= FEW_ROWS):
             x = self.halves(x, num_rows > HOPPER_GROUPED_ROWS)
-        is_spread = isinstance(x, Halves) and x.is_spread
+        is_spread = x.is_spread if isinstance(x, Halves) else self._is_hopper and num_rows > HOPPER_GROUPED_ROWS
         group_rows = most_spread_rows(pairs, num_experts) if is_spread else most_group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
             assert pairs <= SORTED_PAIRS
-            normed = Halves(workspace.normed, num_rows, x.width)
+            normed = Halves(workspace.normed, num_rows, x.width, is_spread)
             device.launch(
                 "normed_route",
                 (num_experts, 1, 1),
@@ -196,7 +196,8 @@ class CudaOps:
                 *(x.x.address, x.weight.address, weight.address, bias.address, normed.address),
                 *(workspace.router_logits, workspace.route_counter, workspace.expert_ids, workspace.expert_weights),
                 *(workspace.row_ids, workspace.pair_places, workspace.groups),
-                *(num_rows, x.width, normed.pitch, num_used, group_rows, max_groups, self._config.norm_epsilon),
+                *(num_rows, x.width, normed.pitch, num_used, group_rows, max_groups, is_spread),
+                self._config.norm_epsilon,
             )
             return Routing(normed, num_used, pairs, group_rows, max_groups, is_sorted=num_rows > 1)
         addresses = (x.address, weight.address, bias.address, workspace.router_logits)

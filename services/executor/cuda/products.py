@@ -39,7 +39,7 @@ SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
-HOPPER_GROUPED_ROWS = 16  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
+HOPPER_GROUPED_ROWS = 4  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
 GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
 LOW_ROWS, HIGH_ROWS = 48, 112  # of an expert on average, past which product_wgmma.cu's tiles are wide, or high
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
@@ -125,7 +125,7 @@ class Products:
         most = min(routing.group_rows, routing.x.num_rows)
         blocks = max(2 * self._device.num_multiprocessors // num_groups, -(-strips // FEW_STRIPS))
         few = (min(strips, blocks), num_groups)
-        if most <= FEW_ROWS and self._takes_few(family, most, matrices):
+        if most <= FEW_ROWS and not x.is_spread and self._takes_few(family, most, matrices):
             self._run_few(family, few, planes, x, out, (most, *sizes), (row_ids, groups, are_groups_early))
             return
         if x.is_spread:

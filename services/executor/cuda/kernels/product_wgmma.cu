@@ -67,23 +67,31 @@ __device__ __forceinline__ void advance(T*& pointer, size_t count) {
     asm volatile("" : "+l"(pointer));
 }
 
+// What is added to the sums of the lane's outputs g and g + 8 of a strip, with SWIGLU gate g and up g.
+__device__ __forceinline__ float2 load_biases(const Product& product, const Work& work, int strip) {
+    const Output& out = product.out;
+    const int g = threadIdx.x % 32 / 4, first = work.expert * out.num_outputs;
+    const bool is_paired = out.epilogue == SWIGLU;
+    const int low = strip * (is_paired ? 8 : 16) + g, high = is_paired ? low : low + 8;
+    const float* high_bias = is_paired ? out.up_bias : out.bias;
+    if (out.bias == nullptr) return {0.0f, 0.0f};
+    return {low < out.num_outputs ? out.bias[first + low] : 0.0f, high < out.num_outputs ? high_bias[first + high] : 0.0f};
+}
+
 template <int SIZE>
 __device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const Largest& largest,
-                                            float (&sums)[SIZE]) {
+                                            const float2& biases, float (&sums)[SIZE]) {
     constexpr int ROWS = 2 * SIZE;
     constexpr bool IS_LOW = NUM_GROUPS == 4;  // then of experts, whose sums are not added to anything
     if (strip >= min(product.num_strips, work.first_strip + product.tile_strips)) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const float low_factor = largest.factor(0), high_factor = largest.factor(1);
-    const size_t first_row = work.start + 2 * t, first_bias = static_cast<size_t>(work.expert) * out.num_outputs;
+    const size_t first_row = work.start + 2 * t;
     // Column 8 j + 2 t + i of the sums is row `first_row` + 8 j + i.
     if (out.epilogue == SWIGLU) {
         // Lanes of neighbouring outputs exchange rows, so that each writes two outputs of one row.
-        const int output = strip * 8 + g, pair = strip * 8 + g - g % 2;
-        const bool is_output = output < out.num_outputs;
-        const float bias = is_output ? out.bias[first_bias + output] : 0.0f;
-        const float up_bias = is_output ? out.up_bias[first_bias + output] : 0.0f;
+        const int pair = strip * 8 + g - g % 2;
         __half* values = static_cast<__half*>(out.values) + (first_row + g % 2) * out.pitch + spread(pair);
 #pragma unroll
         for (int j = 0; j < ROWS / 8; j++) {
@@ -91,7 +99,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
             float activated[2];  // of an output that is none: zero, since its weights are
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                activated[i] = swiglu(sums[4 * j + i] * low_factor + bias, sums[4 * j + i + 2] * high_factor + up_bias);
+                activated[i] = swiglu(sums[4 * j + i] * low_factor + biases.x, sums[4 * j + i + 2] * high_factor + biases.y);
             const bool is_odd = g % 2 == 1;
             const float own = is_odd ? activated[1] : activated[0];
             const float other = __shfl_xor_sync(0xffffffffu, is_odd ? activated[0] : activated[1], 4);
@@ -106,7 +114,7 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
         const int output = strip * 16 + 8 * upper + g;
         if (output >= out.num_outputs) return;
         const float factor = upper ? high_factor : low_factor;
-        const float bias = out.bias == nullptr ? 0.0f : out.bias[first_bias + output];
+        const float bias = upper ? biases.y : biases.x;
         const size_t first = first_row * out.pitch + output;
         if (!IS_LOW && out.epilogue == GELU) {
             __half* values = static_cast<__half*>(out.values) + first_row * out.pitch + spread(output);
@@ -152,13 +160,16 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     const int warp = warp_index(), column_tiles = product.column_tiles;
     const int first = (warp / 4 - NUM_COPIERS / 128) * 4 * STRIPS + warp % 4;  // of the tile's strips; the next is 4 on
     Largest largest[STRIPS];
+    float2 biases[STRIPS];  // on their way while products run
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++) biases[s] = load_biases(product, work, work.first_strip + first + 4 * s);
     float sums[STRIPS][ROWS / 2];
     if constexpr (IS_LOW)
         multiply_in_line(ring, first, (column_tiles + STAGE_TILES - 1) / STAGE_TILES, work.count, largest, sums);
     else
         multiply_stages<32>(ring, first, column_tiles, work.count, largest, sums);
 #pragma unroll
-    for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], sums[s]);
+    for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], biases[s], sums[s]);
 }
 
 __device__ __forceinline__ void run(const Product& product, const Maps& maps) {

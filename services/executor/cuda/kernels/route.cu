@@ -146,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(256) normed_route(const float* x,  
                                                                int* ids, float* weights, int* row_ids, int* places,
                                                                int4* groups, int num_rows, int size, int pitch,
                                                                int num_used, int group_rows, int max_groups,
+                                                               int is_spread,  // `normed` is, as spread.cuh says
                                                                float epsilon) {
     __shared__ float squares[FUSED_ROWS][8], products[FUSED_ROWS][8];
     __shared__ bool is_last;
@@ -184,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(256) normed_route(const float* x,  
         for (int i = 0; i < 8; i++) square += squares[row][i];
         const float factor = 1.0f / sqrtf(square / size + epsilon);
         for (int column = begin + threadIdx.x; column < end; column += blockDim.x)
-            normed[static_cast<size_t>(row) * pitch + column] =
+            normed[static_cast<size_t>(row) * pitch + (is_spread ? spread(column) : column)] =
                 to_half(x[static_cast<size_t>(row) * size + column] * factor * norm_weight[column]);
         if (threadIdx.x == 0) {
             float product = 0.0f;

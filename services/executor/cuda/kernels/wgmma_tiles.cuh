@@ -315,7 +315,7 @@ template <int SIZE>
 __device__ __forceinline__ void multiply_in_line(Ring& ring, int first, int num_stages, int count, Largest (&largest)[1],
                                                  float (&sums)[1][SIZE]) {
     StageWeights<1> weights;
-    constexpr int AT_ONCE = 2 * SIZE <= 32 ? STAGE_TILES : 1;  // tiles whose operands the registers hold
+    constexpr int AT_ONCE = 2 * SIZE <= 32 && NUM_LOADS <= 1 ? STAGE_TILES : 1;  // tiles whose operands the registers hold
     Operands<1> a[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < SIZE; i++) sums[0][i] = 0.0f;
