@@ -359,7 +359,7 @@ class AttentionCheck:
     [
         *((count, "normed") for count in (1, 2, 8)),
         *((count, "") for count in (1, 7, 16, 31, 60, 65, 200, 700)),
-        *((count, "spread") for count in (65, 200, 700)),
+        *((count, "spread") for count in (9, 33, 65, 120, 200, 700)),
         *((count, "alike") for count in (65, 200)),
     ],
 )

@@ -31,8 +31,6 @@ Grid = tuple[int, int, int]
 SHARING = ("product", "attention_decode", "attention_wgmma", "normed_route")
 TENSOR_MAP = np.dtype("V128")  # a kernel's argument
 MAX_BOX_WORDS = 256  # of 4 bytes, in one dimension of a tensor map's box
-_SWIZZLED = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
-_PLAIN = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
 PROGRAMMATIC = 1  # type of an edge after which the next kernel may start before this one ends
 
 
@@ -89,8 +87,9 @@ class Device:
 
     def map_halves(self, address: int, num_rows: int, pitch: int, box_rows: int) -> bytes:
         """A tensor map of rows of half, in boxes of 64 columns and so many rows, swizzled as wgmma.cuh reads them."""
-        kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _SWIZZLED
-        return _encode_map(kinds, address, (pitch, num_rows), (2 * pitch,), (64, box_rows))
+        dtype = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+        swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+        return _encode_map(dtype, swizzle, address, (pitch, num_rows), (2 * pitch,), (64, box_rows))
 
     def map_tiles(
         self, address: int, tile_bytes: int, column_tiles: int, num_strips: int, box_tiles: int, box_strips: int
@@ -99,8 +98,9 @@ class Device:
         piece = min(tile_bytes, MAX_BOX_WORDS * 4)
         sizes = piece // 4, tile_bytes // piece, column_tiles, num_strips
         strides = piece, tile_bytes, tile_bytes * column_tiles
-        kinds = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32, _PLAIN
-        return _encode_map(kinds, address, sizes, strides, (*sizes[:2], box_tiles, box_strips))
+        dtype = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32
+        swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
+        return _encode_map(dtype, swizzle, address, sizes, strides, (*sizes[:2], box_tiles, box_strips))
 
     def allocate(self, num_bytes: int) -> int:
         """The address of new memory, all zero, 256-byte aligned; it lives until `close`.
@@ -225,7 +225,8 @@ class Graph:
 
 
 def _encode_map(
-    kinds: tuple[driver.CUtensorMapDataType, driver.CUtensorMapSwizzle],
+    dtype: Any,
+    swizzle: Any,
     address: int,
     sizes: Sequence[int],  # elements, the innermost first
     strides: Sequence[int],  # bytes, of all dimensions but the innermost
@@ -237,7 +238,7 @@ def _encode_map(
     rank = len(sizes)
     code = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(buffer) + start),
-        int(kinds[0]),
+        int(dtype),
         ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes),
@@ -245,7 +246,7 @@ def _encode_map(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
-        int(kinds[1]),
+        int(swizzle),
         int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
         int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )

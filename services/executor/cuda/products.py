@@ -2,7 +2,8 @@
 
 By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_tiled.cu). On a Hopper up
 to 16 (product_rows.cu), up to 64 with few outputs (product_split.cu), else product_wgmma.cu. Experts' rows are in
-groups of one expert, and the group's rows decide; on a Hopper with more than 128 rows it is product_wgmma.cu.
+groups of one expert, and the group's rows decide; on a Hopper with more than 4 rows it is product_wgmma.cu, in tiles
+by how many rows an expert has on average.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
 MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
-HOPPER_GROUPED_ROWS = 4  # up to here experts have few rows each on Hopper: product_rows.cu, else product_wgmma.cu
-GROUPED_ROWS = 512  # the same on others, before product_tiled.cu
+HOPPER_GROUPED_ROWS = 4  # experts of up to so many rows take product.cu on Hopper, else product_wgmma.cu
+GROUPED_ROWS = 512  # on others experts take product_rows.cu up to here, else product_tiled.cu
 LOW_ROWS, HIGH_ROWS = 48, 112  # of an expert on average, past which product_wgmma.cu's tiles are wide, or high
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 TILED_ROWS = 128  # of a block of product_tiled.cu

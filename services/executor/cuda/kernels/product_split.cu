@@ -1,9 +1,9 @@
 // Products of up to 64 rows on Hopper with a matrix too small for a block to each of its tiles: out = x @ matrix + bias,
 // stored or added.
 //
-// A cluster of blocks takes a tile of 128 outputs, each block a share of the columns. In a block four warps copy x and
-// the matrix to shared memory and two groups of four multiply (wgmma_tiles.cuh); the first stages' weights are on their
-// way before the kernel before this one ends. The blocks then add up their sums over the cluster's shared memory, each
+// A cluster of blocks takes a tile of 128 outputs, each block a share of the columns. In a block one thread copies x and
+// the matrix to shared memory and two groups of four warps multiply (wgmma_tiles.cuh); the first stages' weights are on
+// their way before the kernel before this one ends. The blocks then add up their sums over the cluster's shared memory, each
 // for a share of the rows, in the blocks' order.
 // Weights round as wgmma_tiles.cuh says. Sums are in float; a row's do not depend on other rows or their number.
 // Launch: grid (tiles * blocks of a cluster), at least a column tile for each block; 384 threads, dynamic shared memory
@@ -137,11 +137,6 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
 }
 
 #else
-
-struct Maps {
-    const TensorMap *rows, *codes, *scales, *minima;
-    const char* largest;
-};
 
 template <int BLOCKS>
 __device__ __forceinline__ void run(const Product& product, const Maps& maps) {

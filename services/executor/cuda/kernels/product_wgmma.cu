@@ -1,14 +1,16 @@
-// Products of many rows on Hopper: out = epilogue(x @ matrix + bias), in tiles of up to 256 / STRIPS rows by 128 STRIPS
-// outputs, STRIPS (-D WARP_STRIPS) 1 or 2: high tiles decode a weight once for more rows.
+// Products of some and many rows on Hopper: out = epilogue(x @ matrix + bias), in tiles of three sizes, as -D's say.
 //
-// Four warps copy x and the matrix to shared memory, two groups of four multiply, in turns (wgmma_tiles.cuh). What is
-// written in half for the next product is spread as x is. Blocks stay and take one tile after another; the copies run ahead
-// across tiles.
+// High ones, up to 256 rows by 128 outputs, decode a weight once for the most rows; wide ones, up to 128 rows by 256, read x
+// less often; low ones, up to 64 rows by 256 outputs, have the most warps that decode, for experts with few rows each.
+// One thread copies x and the matrix to shared memory, NUM_GROUPS groups of four warps multiply (wgmma_tiles.cuh), two of
+// them in turns. What is written in half for the next product is spread as x is. Blocks stay and take one tile after
+// another; the copies run ahead across tiles.
 //
 // Weights round as wgmma_tiles.cuh says. Sums are in float, over the columns in order; a row's do not depend on other rows.
-// Grouped (experts): as in product.cu, groups of at most 256 / STRIPS rows, which lie in x in the order of the groups.
-// Launch: grid (min(multiprocessors, tiles)), 384 threads, dynamic shared memory for NUM_STAGES (a -D); sm_90a.
-// Moves: the matrix once for each row tile or group, x once for each 128 STRIPS outputs.
+// Grouped (experts): as in product.cu, groups of at most TILE_ROWS rows, which lie in x in the order of the groups.
+// Launch: grid (min(multiprocessors, tiles)), 128 (1 + NUM_GROUPS) threads, dynamic shared memory for NUM_STAGES; sm_90a.
+// Low tiles store or activate their sums; the others add or apply GELU as well.
+// Moves: the matrix once for each row tile or group, x once for each tile's outputs.
 #include "epilogue.cuh"
 #include "spread.cuh"
 #include "tensor_map.cuh"
@@ -19,13 +21,15 @@ constexpr int NUM_THREADS = 128 + 128 * NUM_GROUPS;
 struct Product {
     const Output& out;
     const int4* groups;  // (num_row_tiles,) or null
-    int num_rows, column_tiles, num_strips, tile_strips, tile_rows, num_row_tiles, across, num_tiles;  // across: of outputs
+    int num_rows, column_tiles, num_strips;
+    int tile_strips, tile_rows;            // of a tile, at most
+    int num_row_tiles, across, num_tiles;  // across: tiles of all outputs
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int STRIPS = WARP_STRIPS, MAX_STRIPS = STRIPS, MAX_ROWS = TILE_ROWS;
-constexpr bool TAKES_TURNS = NUM_GROUPS == 2;
-constexpr int COPIER_REGISTERS = NUM_GROUPS == 2 ? 40 : 32, REGISTERS = NUM_GROUPS == 2 ? 232 : 112;
+constexpr bool IS_LOW = NUM_GROUPS == 4, TAKES_TURNS = !IS_LOW;
+constexpr int COPIER_REGISTERS = IS_LOW ? 32 : 40, REGISTERS = IS_LOW ? 112 : 232;
 #include "wgmma_tiles.cuh"
 
 // Row tiles that pass all outputs before the next ones come: their x stays in the second cache.
@@ -39,7 +43,8 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
     const int across = product.across;
     if (product.groups != nullptr) {
         const int4 group = product.groups[tile / across];
-        return {shared_by_lanes(group.x), shared_by_lanes(group.y), shared_by_lanes(group.z), tile % across * product.tile_strips};
+        const int first_strip = tile % across * product.tile_strips;
+        return {shared_by_lanes(group.x), shared_by_lanes(group.y), shared_by_lanes(group.z), first_strip};
     }
     const int band = tile / (BAND * across), rest = tile % (BAND * across);
     const int tall = min(BAND, product.num_row_tiles - band * BAND);
@@ -82,7 +87,6 @@ template <int SIZE>
 __device__ __forceinline__ void store_strip(const Product& product, const Work& work, int strip, const Largest& largest,
                                             const float2& biases, float (&sums)[SIZE]) {
     constexpr int ROWS = 2 * SIZE;
-    constexpr bool IS_LOW = NUM_GROUPS == 4;  // then of experts, whose sums are not added to anything
     if (strip >= min(product.num_strips, work.first_strip + product.tile_strips)) return;
     const Output& out = product.out;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -154,7 +158,6 @@ __device__ __forceinline__ void store_strip(const Product& product, const Work& 
 // Low tiles have a loop of their own for up to 32 rows.
 template <int ROWS = MAX_ROWS>
 __device__ __forceinline__ void multiply(const Product& product, const Work& work, Ring& ring) {
-    constexpr bool IS_LOW = NUM_GROUPS == 4;
     if constexpr (IS_LOW && ROWS > 32)
         if (work.count <= 32) return multiply<32>(product, work, ring);
     const int warp = warp_index(), column_tiles = product.column_tiles;
@@ -169,7 +172,8 @@ __device__ __forceinline__ void multiply(const Product& product, const Work& wor
     else
         multiply_stages<32>(ring, first, column_tiles, work.count, largest, sums);
 #pragma unroll
-    for (int s = 0; s < STRIPS; s++) store_strip(product, work, work.first_strip + first + 4 * s, largest[s], biases[s], sums[s]);
+    for (int s = 0; s < STRIPS; s++)
+        store_strip(product, work, work.first_strip + first + 4 * s, largest[s], biases[s], sums[s]);
 }
 
 __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
@@ -180,8 +184,7 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     __syncthreads();
     await_inputs();
     start_dependents();
-    const int num_tiles = product.num_tiles;
-    const int warp = warp_index();
+    const int num_tiles = product.num_tiles, warp = warp_index();
     if (warp < NUM_COPIERS / 32) {
         leave_registers<COPIER_REGISTERS>();
         if (threadIdx.x > 0) return;
@@ -201,11 +204,6 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
 
 #else
 
-struct Maps {
-    const TensorMap *rows, *codes, *scales, *minima;
-    const char* largest;
-};
-
 __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
     __trap();  // other architectures take product_tiled.cu
 }
@@ -217,8 +215,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma(
     const char* largest, const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows,
     const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap codes,
     const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap minima, int num_outputs, int column_tiles,
-    int epilogue, int num_strips, int tile_strips, int tile_rows, int num_row_tiles, int across,
-    int num_tiles) {
+    int epilogue, int num_strips, int tile_strips, int tile_rows, int num_row_tiles, int across, int num_tiles) {
     const Output out = {values, bias, up_bias, pitch, num_outputs, epilogue};
     run({out, groups, num_rows, column_tiles, num_strips, tile_strips, tile_rows, num_row_tiles, across, num_tiles},
         {&rows, &codes, &scales, &minima, largest});

@@ -34,9 +34,10 @@ extern "C" __global__ void __launch_bounds__(256) router(const __half* x,      /
             factor[i].y = column + 1 < size ? factors[column + 1] : 0.0f;
 #pragma unroll
             for (int row = 0; row < ROUTER_ROWS; row++)
-                values[i][row] = column < size && row < count
-                                     ? *reinterpret_cast<const __half2*>(x + static_cast<size_t>(first + row) * x_pitch + place)
-                                     : __half2();
+                values[i][row] =
+                    column < size && row < count
+                        ? *reinterpret_cast<const __half2*>(x + static_cast<size_t>(first + row) * x_pitch + place)
+                        : __half2();
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)

@@ -4,3 +4,9 @@
 struct alignas(64) TensorMap {
     char bytes[128];
 };
+
+// Of a product's x (rows of half, swizzled) and of the planes of its matrix; where it has no such plane, unused.
+struct Maps {
+    const TensorMap *rows, *codes, *scales, *minima;
+    const char* largest;  // of MXFP4, (strips, 16) bytes: the largest exponents of rows g, g + 8, g + 1, ...
+};

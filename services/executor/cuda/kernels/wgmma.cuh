@@ -64,8 +64,8 @@ WGMMA(256, 128, WGMMA_N128, "%128, %129, %130, %131", "%132", "%133", WGMMA_D128
 
 // b in shared memory at `address`, a multiple of 1024, swizzled by 128 bytes as tensor maps call it: each column's 64
 // inner indices are 128 bytes, and within eight columns 16 bytes c of column n lie where c ^ n % 8 would. Inner indices
-// 16 i on are 2 i more. This is the lower word; the upper one, always the same, says that (bit 62) and how far eight columns
-// lie apart (1024 / 16).
+// 16 i on are 2 i more. This is the lower word of a descriptor; the upper one, the same for all, says how it is swizzled
+// (bit 62) and how far eight columns lie apart (1024 / 16).
 __device__ __forceinline__ uint32_t operand(uint32_t address) { return 1u << 16 | address / 16; }
 
 // Registers that products read or add to were written.
@@ -125,8 +125,9 @@ __device__ __forceinline__ void copy_box(uint32_t target, const TensorMap* map, 
 __device__ __forceinline__ void copy_tiles(uint32_t target, const TensorMap* map, int column_tile, int strip,
                                            uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], [%5];" ::
-            "r"(target), "l"(map), "r"(0), "r"(column_tile), "r"(strip), "r"(barrier)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4}], "
+        "[%5];" ::"r"(target),
+        "l"(map), "r"(0), "r"(column_tile), "r"(strip), "r"(barrier)
         : "memory");
 }
 

@@ -1,14 +1,14 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// One thread fills stages of some columns, in boxes of tensor maps; the other warps, groups of four, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in
-// registers: a lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled while the products before
-// run. x is the operand in shared memory, spread (spread.cuh).
+// One thread fills stages of STAGE_TILES times 64 columns, in boxes of tensor maps. The other warps, in groups of four, each
+// multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share
+// of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled. x is the operand in shared memory, spread (spread.cuh).
 //
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
 //
-// What includes this says before: NUM_THREADS of a block, MAX_ROWS and STAGE_TILES (of 64 columns) of a stage, MAX_STRIPS, the
-// most of a warp, and whether the groups, two of them, take turns; NUM_STAGES is a -D.
+// What includes this says before: NUM_THREADS of a block, MAX_ROWS and STAGE_TILES of a stage, MAX_STRIPS, the most of a
+// warp, and whether the groups, two of them, take turns; NUM_STAGES is a -D.
 #pragma once
 
 #include "weights.cuh"
@@ -55,17 +55,12 @@ struct Ring {
     }
 };
 
-// Where x and the planes of a matrix lie, in boxes that stages take.
-struct Maps {
-    const TensorMap *rows, *codes, *scales, *minima;
-    const char* largest;  // of MXFP4: (strips, 16) bytes
-};
-
-// A stage's weights, `count` strips from `strip` on of all, as the maps' boxes have; at the first column tile of a tile also
-// the largest exponents of `num_largest` of them. One thread calls, whose arrival at the barrier this is.
+// A stage's weights, `count` strips from `strip` on, as many as the maps' boxes have, and the largest exponents of
+// `num_largest` of them. One thread calls, whose arrival at the barrier this is.
 __device__ __forceinline__ void copy_weights(const Maps& maps, uint32_t weights, int column_tile, int strip, int count,
                                              int num_largest, uint32_t barrier) {
-    arrive_with_bytes(barrier, count * STAGE_TILES * (TILE_CODES + TILE_SCALES + TILE_MINIMA) + num_largest * TILE_LARGEST);
+    constexpr int STRIP_BYTES = STAGE_TILES * (TILE_CODES + TILE_SCALES + TILE_MINIMA);
+    arrive_with_bytes(barrier, count * STRIP_BYTES + num_largest * TILE_LARGEST);
     copy_tiles(weights, maps.codes, column_tile, strip, barrier);
     if (TILE_SCALES > 0) copy_tiles(weights + SCALES_AT, maps.scales, column_tile, strip, barrier);
     if (TILE_MINIMA > 0) copy_tiles(weights + MINIMA_AT, maps.minima, column_tile, strip, barrier);
@@ -268,8 +263,8 @@ struct StageWeights {
 };
 
 // The products of the next `num_stages` stages: of `count` rows and STRIPS strips, every fourth from `first` on of a stage.
-// There are sums for 2 SIZE rows; products take as few, LEAST and then in steps of 32, as hold `count`. Weights are decoded while the
-// products before run; where groups take turns at those the second one passes the first.
+// There are sums for 2 SIZE rows; products take as few, LEAST and then in steps of 32, as hold `count`. Weights are decoded
+// while the products before run; where groups take turns at those the second one passes the first.
 template <int LEAST, int STRIPS, int SIZE>
 __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count, Largest (&largest)[STRIPS],
                                                 float (&sums)[STRIPS][SIZE]) {
@@ -308,9 +303,9 @@ __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_s
     arrive(ring.empty + last_stage * 8);
 }
 
-// The same with four warps to a scheduler, which decode while others' products run, so that a warp waits for its own before
-// it decodes: half the registers, and fewer instructions. Products take as few rows, in steps of 16, as hold `count`, which
-// is more than half of SIZE or at most 32.
+// The same with four warps to a scheduler, which decode while others' products run: a warp waits for its own before it
+// decodes, which takes half the registers and fewer instructions. Products take as few rows, in steps of 16, as hold `count`,
+// which is more than half of 2 SIZE or at most 32.
 template <int SIZE>
 __device__ __forceinline__ void multiply_in_line(Ring& ring, int first, int num_stages, int count, Largest (&largest)[1],
                                                  float (&sums)[1][SIZE]) {
