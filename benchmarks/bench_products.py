@@ -172,9 +172,9 @@ class Problem:
             f"product_wgmma_{name}_{self.weights.family.name}",
             (min(rows * across, self.device.num_multiprocessors), 1, 1),
             tile.threads,
-            *(self.weights.largest, bias, bias, self.out, groups, *self.numbers[:2]),
+            *(bias, bias, self.out, groups, *self.numbers[:4]),
             *(self.map, *self.weights.map(tile.stage_tiles, tile_strips)),
-            *(*self.numbers[2:], tile_strips, tile_rows, rows, across, rows * across),
+            *(*self.numbers[4:], tile_strips, tile_rows, rows, across, rows * across),
             shared_bytes=wgmma_stages(self.weights.family, tile)[1],
         )
 
@@ -196,7 +196,7 @@ class Problem:
             f"product_split_{blocks}_{self.weights.family.name}",
             (blocks * -(-self.weights.num_strips // 8), 1, 1),
             384,
-            *(self.weights.largest, self.weights.addresses[2], self.out, *self.numbers),
+            *(self.weights.addresses[2], self.out, 0, *self.numbers),
             *(self.map, *self.weights.map(1, 8)),
             shared_bytes=split_stages(self.weights.family)[1],
         )

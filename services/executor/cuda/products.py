@@ -28,7 +28,7 @@ from services.executor.cuda.kernels import (
 from services.executor.cuda.tiles import STRIP_GROUP, choose_split, choose_tile
 from services.executor.cuda.weights import HOPPER, ExpertMatrices, Matrix, Part, Vector
 from services.executor.cuda.workspace import Workspace
-from shared.cuda_layout import TILE_COLUMNS, Family
+from shared.cuda_layout import STRIP_ROWS, TILE_COLUMNS, Family
 from shared.gpt_config import GPTConfig
 from shared.layout import round_up
 
@@ -195,7 +195,7 @@ class Products:
                 f"product_split_{split}_{family.name}",
                 (split * -(-strips // STRIP_GROUP), 1, 1),
                 384,
-                *(_largest(family, planes), bias, address, pitch, x.num_rows, *sizes, epilogue, strips),
+                *(bias, address, 0, pitch, x.num_rows, *sizes, epilogue, strips),
                 *self._maps(family, x, planes, (matrix.num_column_tiles, strips, 1, STRIP_GROUP)),
                 shared_bytes=split_stages(family)[1],
             )
@@ -326,9 +326,9 @@ class Products:
             f"product_wgmma_{name}_{family.name}",
             (min(num_tiles, self._device.num_multiprocessors), 1, 1),
             tile.threads,
-            *(_largest(family, planes), *planes[3:], address, groups, *numbers[:2]),
+            *(*planes[3:], address, groups, *numbers[:4]),
             *self._maps(family, x, planes, (numbers[3], total_strips, tile.stage_tiles, tile_strips)),
-            *(*numbers[2:], tile_strips, rows, num_row_tiles, across, num_tiles),
+            *(*numbers[4:], tile_strips, rows, num_row_tiles, across, num_tiles),
             shared_bytes=wgmma_stages(family, tile)[1],
         )
 
@@ -377,14 +377,11 @@ def map_planes(
     planes: Sequence[int],
     sizes: tuple[int, int, int, int],  # column tiles, strips, both of a box
 ) -> list[bytes]:
-    """Tensor maps of quants, scales and minima, in a kernel's order; zeros for those that the family lacks."""
+    """Tensor maps of quants, scales and minima (of MXFP4 largest exponents); zeros for those that the family lacks."""
     maps = [map_tiles(address, size, *sizes) for address, size in zip(planes, tile_bytes(family), strict=False)]
+    if family == Family.MXFP4:
+        maps.append(map_tiles(planes[2], STRIP_ROWS, 1, sizes[1], 1, sizes[3]))
     return maps + [NO_MAP] * (3 - len(maps))
-
-
-def _largest(family: Family, planes: tuple[int, ...]) -> int:
-    """Where the largest exponents of MXFP4's rows lie."""
-    return planes[2] if family == Family.MXFP4 else 0
 
 
 def _ring_bytes(family: Family, wanted: int) -> int:

@@ -36,10 +36,9 @@ struct Work {
 
 __device__ __forceinline__ void copy_share(const Product& product, const Maps& maps, const Work& work, Ring& ring) {
     const int num_stages = work.last - work.first;
-    const int num_largest = min(STAGE_STRIPS, product.num_strips - work.first_strip);
     const auto copy = [&](int stage, int done) {
         copy_weights(maps, ring.weights + stage * STAGE_BYTES, work.first + done, work.first_strip, STAGE_STRIPS,
-                     done == 0 ? num_largest : 0, ring.full + stage * 8);
+                     done == 0, ring.full + stage * 8);
     };
     for (int stage = 0; stage < min(NUM_STAGES, num_stages); stage++) copy(stage, stage);
     await_inputs();
@@ -148,12 +147,12 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
 // What comes before the maps has 48 bytes, since parameters begin 16 past a multiple of the 64 that they want.
 #define PRODUCT(BLOCKS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
-        const char* largest, const float* bias, void* values, int pitch, int num_rows, int num_outputs,               \
+        const float* bias, void* values, long long padding, int pitch, int num_rows, int num_outputs,                 \
         int column_tiles, int epilogue, int num_strips, const __grid_constant__ TensorMap rows,                       \
         const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales,                            \
         const __grid_constant__ TensorMap minima) {                                                                   \
         const Output out = {values, bias, nullptr, pitch, num_outputs, epilogue};                                     \
-        run<BLOCKS>({out, num_rows, column_tiles, num_strips}, {&rows, &codes, &scales, &minima, largest});           \
+        run<BLOCKS>({out, num_rows, column_tiles, num_strips}, {&rows, &codes, &scales, &minima});           \
     }
 
 #if __CUDA_ARCH__ >= 900

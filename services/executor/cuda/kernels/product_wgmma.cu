@@ -54,12 +54,11 @@ __device__ __forceinline__ Work find_work(const Product& product, int tile) {
 
 __device__ __forceinline__ void copy_stages(const Product& product, const Maps& maps, const Work& work, Ring& ring) {
     const int strip = work.expert * product.num_strips + work.first_strip;
-    const int num_largest = min(product.tile_strips, product.num_strips - work.first_strip);
     for (int column_tile = 0; column_tile < product.column_tiles; column_tile += STAGE_TILES) {
         const uint32_t full = ring.full + ring.stage * 8;
         await_barrier(ring.empty + ring.stage * 8, ring.phase ^ 1);
         copy_weights(maps, ring.weights + ring.stage * STAGE_BYTES, column_tile, strip, product.tile_strips,
-                     column_tile == 0 ? num_largest : 0, full);
+                     column_tile == 0, full);
         copy_rows(maps, ring.x + ring.stage * X_BYTES, column_tile, work.start, work.count, full);
         ring.advance();
     }
@@ -212,11 +211,11 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
 
 // What comes before the maps has 48 bytes, since parameters begin 16 past a multiple of the 64 that they want.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) product_wgmma(
-    const char* largest, const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows,
-    const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap codes,
-    const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap minima, int num_outputs, int column_tiles,
-    int epilogue, int num_strips, int tile_strips, int tile_rows, int num_row_tiles, int across, int num_tiles) {
+    const float* bias, const float* up_bias, void* values, const int4* groups, int pitch, int num_rows, int num_outputs,
+    int column_tiles, const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap codes,
+    const __grid_constant__ TensorMap scales, const __grid_constant__ TensorMap minima, int epilogue, int num_strips,
+    int tile_strips, int tile_rows, int num_row_tiles, int across, int num_tiles) {
     const Output out = {values, bias, up_bias, pitch, num_outputs, epilogue};
     run({out, groups, num_rows, column_tiles, num_strips, tile_strips, tile_rows, num_row_tiles, across, num_tiles},
-        {&rows, &codes, &scales, &minima, largest});
+        {&rows, &codes, &scales, &minima});
 }

@@ -7,6 +7,5 @@ struct alignas(64) TensorMap {
 
 // Of a product's x (rows of half, swizzled) and of the planes of its matrix; where it has no such plane, unused.
 struct Maps {
-    const TensorMap *rows, *codes, *scales, *minima;
-    const char* largest;  // of MXFP4, (strips, 16) bytes: the largest exponents of rows g, g + 8, g + 1, ...
+    const TensorMap *rows, *codes, *scales, *minima;  // of MXFP4 the last is of the largest exponents of its rows
 };

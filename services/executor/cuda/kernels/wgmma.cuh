@@ -131,13 +131,6 @@ __device__ __forceinline__ void copy_tiles(uint32_t target, const TensorMap* map
         : "memory");
 }
 
-// Bytes one after another, multiples of 16.
-__device__ __forceinline__ void copy_bytes(uint32_t target, const char* source, int num_bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                 "l"(source), "r"(num_bytes), "r"(barrier)
-                 : "memory");
-}
-
 // The phase of this parity is over.
 __device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
     uint32_t is_over;

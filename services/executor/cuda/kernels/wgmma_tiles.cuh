@@ -55,18 +55,17 @@ struct Ring {
     }
 };
 
-// A stage's weights, `count` strips from `strip` on, as many as the maps' boxes have, and the largest exponents of
-// `num_largest` of them. One thread calls, whose arrival at the barrier this is.
+// A stage's weights, `count` strips from `strip` on, as many as the maps' boxes have; the first stage of a tile also takes
+// the largest exponents of their rows. One thread calls, whose arrival at the barrier this is.
 __device__ __forceinline__ void copy_weights(const Maps& maps, uint32_t weights, int column_tile, int strip, int count,
-                                             int num_largest, uint32_t barrier) {
+                                             bool is_first, uint32_t barrier) {
     constexpr int STRIP_BYTES = STAGE_TILES * (TILE_CODES + TILE_SCALES + TILE_MINIMA);
-    arrive_with_bytes(barrier, count * STRIP_BYTES + num_largest * TILE_LARGEST);
+    const bool has_largest = TILE_LARGEST > 0 && is_first;
+    arrive_with_bytes(barrier, count * (STRIP_BYTES + (has_largest ? TILE_LARGEST : 0)));
     copy_tiles(weights, maps.codes, column_tile, strip, barrier);
     if (TILE_SCALES > 0) copy_tiles(weights + SCALES_AT, maps.scales, column_tile, strip, barrier);
     if (TILE_MINIMA > 0) copy_tiles(weights + MINIMA_AT, maps.minima, column_tile, strip, barrier);
-    if (TILE_LARGEST > 0 && num_largest > 0)
-        copy_bytes(weights + LARGEST_AT, maps.largest + static_cast<size_t>(strip) * TILE_LARGEST,
-                   num_largest * TILE_LARGEST, barrier);
+    if (has_largest) copy_tiles(weights + LARGEST_AT, maps.minima, 0, strip, barrier);
 }
 
 // A stage's x: `count` rows from `row` on, in whole boxes. One thread calls, whose arrival at the barrier this is.
