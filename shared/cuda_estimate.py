@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.cuda_layout import TILE_COLUMNS
+from shared.cuda_layout import STRIP_ROWS, TILE_COLUMNS
 from shared.gpt_config import GPTConfig
 from shared.layout import Plan, round_up
 from shared.memory import HEAD_MULTIPLE, MemoryEstimate, kv_groups, num_kv_blocks
@@ -82,4 +82,7 @@ def workspace_bytes(config: GPTConfig, max_rows: int, max_running: int) -> int:
     pair = 2 * round_up(config.ffn_size, TILE_COLUMNS) + output + 32
     row = halves + floats + 4 * (config.num_experts + config.num_kv_heads) + pair * max(1, config.num_experts_used)
     logits = (4 * MAX_LOGITS + 12 * max_running + 4 * max_running) * config.vocab_size
-    return max_rows * row + logits + SPLIT_BYTES * (padded_head + 2) + (16 << 20)
+    # The largest exponents of experts' rows, a byte each.
+    expert = round_up(2 * config.ffn_size, STRIP_ROWS) + round_up(config.hidden_size, STRIP_ROWS)
+    experts = config.num_layers * config.num_experts * expert
+    return max_rows * row + logits + experts + SPLIT_BYTES * (padded_head + 2) + (16 << 20)
