@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
 ROUTER_ROWS = 256  # past them the router's product is taken by tensor cores
-SORTED_PAIRS = 64  # of rows and experts, chosen and sorted by one kernel
+MAX_SORTED = 1024  # pairs of rows and experts that route.cu chooses and sorts in one block
+FEW_PAIRS = 64  # up to which that is faster than choosing in many blocks and sorting in one
 MAX_SPLITS = 64  # of a decoding step's positions
 MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
 
@@ -181,13 +182,12 @@ class CudaOps:
         assert bias is not None
         num_rows = x.num_rows
         pairs = num_rows * num_used
-        if not (isinstance(x, Normed) and num_rows <= FEW_ROWS):
+        if isinstance(x, Normed) and (num_rows > FEW_ROWS or pairs > MAX_SORTED):
             x = self.halves(x, num_rows > HOPPER_GROUPED_ROWS)
         is_spread = x.is_spread if isinstance(x, Halves) else self._is_hopper and num_rows > HOPPER_GROUPED_ROWS
         group_rows = most_spread_rows(pairs, num_experts) if is_spread else most_group_rows(num_rows)
         max_groups = min(pairs, num_experts + pairs // group_rows)
         if isinstance(x, Normed):
-            assert pairs <= SORTED_PAIRS
             normed = Halves(workspace.normed, num_rows, x.width, is_spread)
             device.launch(
                 "normed_route",
@@ -209,7 +209,7 @@ class CudaOps:
             grid = (num_experts, -(-num_rows // 8), 1)
             device.launch("router", grid, 256, *addresses, num_rows, x.width, x.pitch, x.is_spread)
         routing = Routing(x, num_used, pairs, group_rows, max_groups)
-        if pairs <= SORTED_PAIRS:
+        if pairs <= FEW_PAIRS:
             self._sort(routing)
         else:
             chosen = (workspace.router_logits, workspace.expert_ids, workspace.expert_weights)

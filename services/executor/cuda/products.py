@@ -2,8 +2,8 @@
 
 By rows: one (product_one.cu), up to 8 (product.cu), up to 64 (product_rows.cu), more (product_tiled.cu). On a Hopper up
 to 16 (product_rows.cu), up to 64 with few outputs (product_split.cu), else product_wgmma.cu. Experts' rows are in
-groups of one expert, and the group's rows decide; on a Hopper with more than 4 rows it is product_wgmma.cu, in tiles
-by how many rows an expert has on average.
+groups of one expert, and the group's rows decide; on a Hopper with more than 4 rows, if they are spread, it is
+product_wgmma.cu, in tiles by how many rows an expert has on average.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
-MANY_ROWS = 64  # past them norms, routing and storing keys have kernels of their own
+MANY_ROWS = 64  # past them norms and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
-HOPPER_GROUPED_ROWS = 4  # experts of up to so many rows take product.cu on Hopper, else product_wgmma.cu
-GROUPED_ROWS = 512  # on others experts take product_rows.cu up to here, else product_tiled.cu
+HOPPER_GROUPED_ROWS = 4  # in steps of up to so many rows experts take product.cu on Hopper, else product_wgmma.cu
+GROUPED_ROWS = 512  # on others experts take product_rows.cu in steps of up to so many, else product_tiled.cu
 LOW_ROWS, HIGH_ROWS = 48, 112  # of an expert on average, past which product_wgmma.cu's tiles are wide, or high
 GROUP_LIMITS = ((16, 8), (128, 16), (GROUPED_ROWS, 32))  # rows of a step, rows of an expert's group
 TILED_ROWS = 128  # of a block of product_tiled.cu
@@ -318,6 +318,7 @@ class Products:
         if num_groups == 0:
             name, rows = choose_tile(x.num_rows, num_strips, numbers[3], family, self._device.num_multiprocessors)
         tile = WGMMA_TILES[name]
+        assert name != "low" or numbers[4] in (Epilogue.STORE, Epilogue.SWIGLU)  # all that they have
         num_row_tiles = num_groups or -(-x.num_rows // rows)
         across = -(-num_strips // tile.num_strips)
         tile_strips = -(-num_strips // across)
@@ -380,6 +381,7 @@ def map_planes(
     """Tensor maps of quants, scales and minima (of MXFP4 largest exponents); zeros for those that the family lacks."""
     maps = [map_tiles(address, size, *sizes) for address, size in zip(planes, tile_bytes(family), strict=False)]
     if family == Family.MXFP4:
+        assert planes[2], "weights that were made without a device"
         maps.append(map_tiles(planes[2], STRIP_ROWS, 1, sizes[1], 1, sizes[3]))
     return maps + [NO_MAP] * (3 - len(maps))
 

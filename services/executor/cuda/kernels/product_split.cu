@@ -152,7 +152,7 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
         const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales,                            \
         const __grid_constant__ TensorMap minima) {                                                                   \
         const Output out = {values, bias, nullptr, pitch, num_outputs, epilogue};                                     \
-        run<BLOCKS>({out, num_rows, column_tiles, num_strips}, {&rows, &codes, &scales, &minima});           \
+        run<BLOCKS>({out, num_rows, column_tiles, num_strips}, {&rows, &codes, &scales, &minima});                    \
     }
 
 #if __CUDA_ARCH__ >= 900

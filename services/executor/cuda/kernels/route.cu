@@ -120,7 +120,7 @@ __device__ __forceinline__ void sort_few(const int* ids, int num_pairs, int num_
     for (int group = num_groups + threadIdx.x; group < max_groups; group += blockDim.x) groups[group] = make_int4(0, 0, 0, 0);
 }
 
-// Choice and order at once, for at most MAX_SORTED pairs; of more sort.cu finds the order. Launch: grid (1), 1024 threads.
+// Choice and order at once, for at most MAX_SORTED pairs; of more, or where that is faster, sort.cu finds the order. Launch: grid (1), 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024) route(const float* logits, int* ids, float* weights, int* row_ids,
                                                          int* places, int4* groups, int num_rows, int num_experts,
                                                          int num_used, int group_rows, int max_groups) {

@@ -107,7 +107,7 @@ __device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive, and have the phase wait for so many bytes of copy_box as well.
+// Arrive, and have the phase wait for so many bytes of boxes as well.
 __device__ __forceinline__ void arrive_with_bytes(uint32_t barrier, int num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
 }

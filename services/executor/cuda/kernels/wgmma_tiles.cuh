@@ -1,8 +1,9 @@
 // Stages of x and of a matrix in shared memory, and the products of warpgroups over them (sm_90a).
 //
-// One thread fills stages of STAGE_TILES times 64 columns, in boxes of tensor maps. The other warps, in groups of four, each
-// multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a lane's share
-// of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled. x is the operand in shared memory, spread (spread.cuh).
+// One thread fills stages of STAGE_TILES times 64 columns, in boxes of tensor maps. The warps past the first four, in groups
+// of four, each multiply their part of its outputs, STRIPS strips of 16 to a warp. The matrix is the operand in registers: a
+// lane's share of a tile of cuda.v1 is its share of wgmma's a, decoded and scaled. x is the operand in shared memory,
+// spread (spread.cuh).
 //
 // Scales are multiplied into the weights, in half. MXFP4's are powers of two, taken relative to the largest of the
 // row: exact within 2^24 of it, and what is smaller than 2^-27 of it is zero. Others round, by 2^-11 at most.
@@ -27,6 +28,7 @@ constexpr int MINIMA_AT = SCALES_AT + STAGE_STRIPS * STAGE_TILES * TILE_SCALES;
 constexpr int TILE_LARGEST = FAMILY == 0 ? 16 : 0;  // exponents of a strip's rows: g, g + 8, g + 1, ...
 constexpr int LARGEST_AT = MINIMA_AT + STAGE_STRIPS * STAGE_TILES * TILE_MINIMA;
 constexpr int STAGE_BYTES = LARGEST_AT + STAGE_STRIPS * TILE_LARGEST;  // of weights
+static_assert((SCALES_AT | MINIMA_AT | LARGEST_AT | STAGE_BYTES) % 128 == 0, "boxes go to multiples of 128");
 
 // Where the stages and their barriers lie in shared memory.
 struct Ring {
@@ -268,6 +270,7 @@ template <int LEAST, int STRIPS, int SIZE>
 __device__ __forceinline__ void multiply_stages(Ring& ring, int first, int num_stages, int count, Largest (&largest)[STRIPS],
                                                 float (&sums)[STRIPS][SIZE]) {
     static_assert(STAGE_TILES == 1, "a stage is 64 columns");
+    static_assert(NUM_STAGES > 1, "a stage is freed after the next one has begun");
     constexpr int NUM_PARTS = 2 / NUM_BLOCKS<STRIPS>;  // of a stage
     const int num_parts = num_stages * NUM_PARTS, group = warp_index() / 4 - NUM_COPIERS / 128;
     StageWeights<STRIPS> weights;
