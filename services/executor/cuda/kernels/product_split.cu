@@ -147,7 +147,7 @@ __device__ __forceinline__ void run(const Product& product, const Maps& maps) {
 // What comes before the maps has 48 bytes, since parameters begin 16 past a multiple of the 64 that they want.
 #define PRODUCT(BLOCKS)                                                                                               \
     extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1) CLUSTER(BLOCKS) product_split_##BLOCKS(              \
-        const float* bias, void* values, long long padding, int pitch, int num_rows, int num_outputs,                 \
+        const float* bias, void* values, const void* padding, int pitch, int num_rows, int num_outputs,               \
         int column_tiles, int epilogue, int num_strips, const __grid_constant__ TensorMap rows,                       \
         const __grid_constant__ TensorMap codes, const __grid_constant__ TensorMap scales,                            \
         const __grid_constant__ TensorMap minima) {                                                                   \
