@@ -63,18 +63,8 @@ def run(device: Device, config: GPTConfig, is_quick: bool) -> None:
     fill_kv(device, runner)
     print(f"kernels and KV ready in {time.perf_counter() - start:.1f} s; weights {planned.num_bytes / 1e9:.2f} GB")
     print("\ndecode, the GPU's time for a step\n streams context      us   tok/s   limit us  share")
-    sizes = [
-        (1, 1),
-        (1, 1024),
-        (1, 8192),
-        (1, 32768),
-        (8, 512),
-        (16, 512),
-        (32, 512),
-        (64, 512),
-        (128, 512),
-        (256, 256),
-    ]
+    one = [(1, context) for context in (1, 1024, 8192, 32768)]
+    sizes = [*one, *((streams, 512) for streams in (8, 16, 32, 64, 128)), (256, 256)]
     for num_streams, context in sizes[:3] if is_quick else sizes:
         batch = decode_batch(config, num_streams, context)
         microseconds = time_decode(device, runner, batch)

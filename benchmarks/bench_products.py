@@ -69,12 +69,11 @@ class Weights:
         device.synchronize()
 
     @functools.cache  # noqa: B019 - these weights live as long as the benchmark
-    def map(self, box_tiles: int, box_strips: int) -> list[bytes]:
+    def map(self, box_tiles: int, box_strips: int) -> tuple[bytes, ...]:
         """Tensor maps of the planes."""
         strips = len(self.quants) * self.num_strips
-        return map_planes(
-            self.device.map_tiles, self.family, self.addresses, (self.column_tiles, strips, box_tiles, box_strips)
-        )
+        planes, sizes = (*self.addresses[:2], self.largest), (self.column_tiles, strips, box_tiles, box_strips)
+        return map_planes(self.device.map_tiles, self.family, planes, sizes)
 
     def strip(self, expert: int, strip: int) -> Array:
         """The values of a strip, (16, 64 column tiles) float64."""

@@ -81,7 +81,7 @@ class Products:
         self._device, self._config, self._workspace = device, config, workspace
         self._is_hopper = device.capability == HOPPER  # where wgmma_tiles.cuh multiplies
         self._map_halves = functools.lru_cache(MAX_MAPS)(device.map_halves)
-        self._map_tiles = functools.cache(device.map_tiles)
+        self._map_planes = functools.cache(functools.partial(map_planes, device.map_tiles))
 
     def halves(self, rows: Halves | Normed, is_spread: bool = False) -> Halves:
         """Rows in half, their norm run if it has not been: then spread on a Hopper, if that is wanted and possible."""
@@ -214,7 +214,7 @@ class Products:
     ) -> tuple[bytes, ...]:
         """Tensor maps of x and of a matrix."""
         rows = self._map_halves(x.address, x.num_rows, x.pitch, BOX_ROWS)
-        return rows, *map_planes(self._map_tiles, family, planes, sizes)
+        return rows, *self._map_planes(family, planes[:3], sizes)
 
     def _gather(self, x: Halves, row_ids: int, num_rows: int) -> Halves:
         """Rows of x in the order of `row_ids`, where the experts' outputs will lie."""
@@ -377,13 +377,12 @@ def map_planes(
     family: Family,
     planes: Sequence[int],
     sizes: tuple[int, int, int, int],  # column tiles, strips, both of a box
-) -> list[bytes]:
+) -> tuple[bytes, ...]:
     """Tensor maps of quants, scales and minima (of MXFP4 largest exponents); zeros for those that the family lacks."""
     maps = [map_tiles(address, size, *sizes) for address, size in zip(planes, tile_bytes(family), strict=False)]
     if family == Family.MXFP4:
-        assert planes[2], "weights that were made without a device"
         maps.append(map_tiles(planes[2], STRIP_ROWS, 1, sizes[1], 1, sizes[3]))
-    return maps + [NO_MAP] * (3 - len(maps))
+    return (*maps, *[NO_MAP] * (3 - len(maps)))
 
 
 def _ring_bytes(family: Family, wanted: int) -> int:

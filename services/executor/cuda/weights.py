@@ -92,7 +92,7 @@ class CudaWeights:
         config: the model's dimensions.
         tensors: where they lie, by name.
         addresses: of each allocation, in the manifest's order.
-        device: where they lie; its kernels are loaded when matrices are asked for. None: kernels will not run.
+        device: where they lie; its kernels are loaded when matrices are asked for.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CudaWeights:
         config: GPTConfig,
         tensors: Mapping[str, Tensor],
         addresses: Sequence[int],
-        device: Device | None = None,
+        device: Device,
     ) -> None:
         self.config = config
         self._device = device
@@ -173,7 +173,7 @@ class CudaWeights:
         Raises:
             ServiceError: as `Device.allocate`.
         """
-        if self._device is None or self._device.capability != HOPPER or matrix.family != Family.MXFP4:
+        if self._device.capability != HOPPER or matrix.family != Family.MXFP4:
             return matrix
         address = self._device.allocate(num_strips * STRIP_ROWS)
         grid = (-(-num_strips // 8), 1, 1)
