@@ -261,8 +261,9 @@ def test_processes_that_check_end_with_their_file_or_with_the_loader(
     first.send_signal(signal.SIGSTOP)
     with checks.begin(path):  # nobody waits for what it finds
         assert first.poll() is None
+        (second,) = checks._waiting  # ready when this load ends
     assert first.returncode is not None
-    (second,) = checks._waiting
+    assert second.poll() is None
     second.kill()
     second.wait()
     with checks.begin(path) as check:

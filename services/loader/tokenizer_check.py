@@ -54,10 +54,10 @@ class TokenizerChecks:
             with contextlib.suppress(BrokenPipeError):  # it has failed, as its exit code will tell
                 process.stdin.write(os.fsencode(path))
                 process.stdin.close()
+            self.make_ready()  # now, since the next load may begin as soon as this one ends
             yield TokenizerCheck(process)
         finally:
             _end(process)
-            self.make_ready()
 
     def close(self) -> None:
         """End the process that waits."""
