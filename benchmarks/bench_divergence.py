@@ -30,7 +30,7 @@ from services.executor.runner import NumpyRunner
 from services.executor.step import Runner
 from services.executor.weights import Weights
 from services.tokenizer.store import FileStore
-from shared.cuda_memory import device_index
+from shared.devices import device_index
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
 from shared.memory import kv_groups

@@ -32,12 +32,13 @@ from mxgpt.v1 import loader_pb2, loader_pb2_grpc
 from shared.certificates import check_files
 from shared.channel import Channel, open_channel
 from shared.config import ClientConfig, ServerConfig
-from shared.cuda_memory import device_index, require_gpu
+from shared.cuda_memory import require_gpu
+from shared.devices import device_index
 from shared.errors import Reason
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig
 from shared.rpc_errors import from_rpc_error
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ class ServeConfig:
     num_executors: int = 1
     drain_seconds: float = 30.0
     metrics_port: int | None = None  # of the loader; tokenizer and executors have the next ones, all on loopback
-    traces: str | None = None  # see shared.telemetry.TelemetryConfig
+    traces: str | None = None  # see shared.telemetry_config.TelemetryConfig
     log_level: str = "INFO"
     log_format: str = "text"
     tls_certificate: Path | None = None

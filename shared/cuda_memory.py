@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from shared.devices import device_index
 from shared.errors import Reason, ServiceError
 from shared.layout import round_up
 
 GET_PACKAGES = "pip install '.[cuda]' in mxgpt's clone, for which a CUDA toolkit builds PyCUDA"
 GET_COMPILER = "install a CUDA toolkit, or pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
 GET_DRIVER = "install NVIDIA's driver, 580 or later, and pip install '.[cuda]' in mxgpt's clone"
-
-
-def device_index(device: str) -> int | None:
-    """N of "cuda:N", 0 of "cuda"; None for "cpu".
-
-    Raises:
-        ValueError: for any other name.
-    """
-    if device == "cpu":
-        return None
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if match is None:
-        raise ValueError(f"--device: {device!r} is neither 'cpu' nor 'cuda:N'")
-    return int(match[1] or 0)
 
 
 def driver_api(index: int) -> Any:

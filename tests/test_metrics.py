@@ -30,7 +30,7 @@ from services.loader.loads import Loads
 from services.loader.metrics import loader_metrics
 from services.loader.store import ModelStore
 from shared.config import ServerConfig
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 from tests.calls import chat, collect, error_of, greedy, uncounted_calls
 from tests.stack import ROOT, Service, Stack, free_ports, running, until
 

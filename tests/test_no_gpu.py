@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from mxgpt.cli.main import run
-from services.executor.backend import layouts_of, make_runner
-from shared.cuda_memory import CudaDevice, device_index
+from services.executor.backend import layouts_of, make_backend
+from shared.cuda_memory import CudaDevice
+from shared.devices import device_index
 from shared.errors import Reason, ServiceError
-from tests.stack import ROOT
+from tests.stack import ROOT, free_ports
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,17 @@ def test_the_loader_ends_with_one_sentence(tmp_path: Path, demo_gpt2: Path) -> N
     assert "pip install '.[cuda]'" in line
 
 
+def test_an_executor_does_not_wait_for_a_loader_to_say_it() -> None:
+    command = [sys.executable, "-m", "services.executor", "--listen", "127.0.0.1:0", "--device", "cuda:0"]
+    command += ["--loader", f"127.0.0.1:{free_ports(1)[0]}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "ERROR" in line]
+    assert "--device cuda:0: " in line
+    assert "pip install '.[cuda]'" in line
+
+
 def test_serve_says_it_before_it_starts_anything(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--device", "cuda:3", "--port", "0"]) == 1
     out, err = capfd.readouterr()
@@ -44,7 +56,7 @@ def test_serve_says_it_before_it_starts_anything(capfd: pytest.CaptureFixture[st
 
 def test_the_engine_refuses() -> None:
     with pytest.raises(ServiceError, match=r"cuda:0: .*pip install '\.\[cuda\]'") as caught:
-        make_runner(None, (), None, "cuda:0")  # type: ignore[arg-type]  # it does not come to look at them
+        make_backend("cuda:0")
     assert caught.value.reason is Reason.FIELD_INVALID
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc
 from services.executor.config import ExecutorConfig
-from services.executor.main import Executor
+from services.executor.engine_spawn import EngineProcess, start_engine
+from services.executor.executor import Executor
 from shared.channel import CHANNEL_OPTIONS
 from shared.config import ClientConfig, ServerConfig
 from shared.errors import Reason, Status
@@ -111,10 +112,10 @@ def test_a_client_that_never_reads_does_not_hold_up_a_drain(demo_gpt_oss: Path) 
 def test_no_task_stays_behind(stack: Stack) -> None:
     """An executor in this very process: after calls that end in every way, its loop runs what it ran before."""
 
-    async def main() -> None:
+    async def main(engine: EngineProcess) -> None:
         address = f"127.0.0.1:{free_ports(1)[0]}"
         config = ExecutorConfig(ServerConfig(address), ClientConfig(), stack.loader.address, stack.tokenizer.address)
-        running = asyncio.create_task(Executor(config).run())
+        running = asyncio.create_task(Executor(config, engine).run())
         while not await is_healthy(address, ClientConfig(), "", 10.0):
             await asyncio.sleep(0.05)
         async with grpc.aio.insecure_channel(address) as channel:
@@ -129,7 +130,8 @@ def test_no_task_stays_behind(stack: Stack) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert await running == 0
 
-    asyncio.run(main())
+    with start_engine("cpu", 1, "INFO", "text") as engine:
+        asyncio.run(main(engine))
 
 
 async def end_in_every_way(stub: Any) -> None:

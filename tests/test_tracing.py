@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from mxgpt import AsyncClient, Client, MxgptError
 from mxgpt.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from shared.otel import OTelTracing, open_exporter
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 from tests.stack import ROOT, Stack, running, until
 
 Span = dict[str, Any]  # a span as the file exporter writes it
@@ -241,7 +241,7 @@ def test_a_receiver_that_is_away_keeps_nobody_from_stopping(demo_gpt2: Path) -> 
 
 def test_nobody_pays_who_does_not_trace() -> None:
     code = (
-        "import sys, mxgpt, services.executor.main, services.tokenizer.main, services.loader.main;"
+        "import sys, mxgpt, services.executor.executor, services.tokenizer.main, services.loader.main;"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -250,7 +250,7 @@ def test_nobody_pays_who_does_not_trace() -> None:
 def test_without_the_extra_it_is_named() -> None:
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "from shared.telemetry import TelemetryConfig\n"
+        "from shared.telemetry_config import TelemetryConfig\n"
         "try: TelemetryConfig(traces='http://localhost:4317')\n"
         "except ValueError as error: print(error)"
     )

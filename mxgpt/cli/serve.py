@@ -26,7 +26,7 @@ from mxgpt.serve import (
     Supervisor,
 )
 from shared.logs import FORMATS, LEVELS, json_line
-from shared.telemetry import traces_option
+from shared.telemetry_config import traces_option
 
 _PORT = click.IntRange(0, 65535)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from services.executor.engine_config import EngineConfig
 from services.executor.runner import NumpyRunner
 from services.executor.step import Runner
 from services.executor.weights import Weights
 from shared.cuda_layout import CUDA_LAYOUT
-from shared.cuda_memory import GET_PACKAGES, CudaDevice, device_index, gpu_unusable, import_readonly
+from shared.cuda_memory import GET_PACKAGES, CudaDevice, gpu_unusable, import_readonly
 from shared.descriptors import map_readonly
+from shared.devices import device_index
 from shared.layout import LAYOUTS
 from shared.manifest import Manifest
 from shared.phases import Phases
 
 log = logging.getLogger(__name__)
+
+Backend = Callable[[Manifest, Sequence[int], EngineConfig], Runner]
+"""Maps a model's weights and makes its KV blocks.
+
+The descriptors, one of each allocation, stay the caller's. Raises ServiceError as `NumpyRunner` and `CudaRunner`, and
+MemoryError where the host lacks the memory for the KV blocks.
+"""
 
 
 def layouts_of(device: str) -> Sequence[str]:
@@ -25,20 +33,20 @@ def layouts_of(device: str) -> Sequence[str]:
     return LAYOUTS if device_index(device) is None else (CUDA_LAYOUT,)
 
 
-def make_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig, device: str) -> Runner:
-    """Map a model's weights and make its KV blocks.
+def make_backend(device: str) -> Backend:
+    """A device's backend, with the device set up but no memory of a model yet.
 
     Args:
-        descriptors: one of each allocation; they stay the caller's.
         device: "cpu" or "cuda:N".
 
     Raises:
-        ServiceError: as `NumpyRunner` and `CudaRunner`.
-        MemoryError: the host lacks the memory for the KV blocks.
+        ServiceError: FIELD_INVALID for a GPU that can't be used, saying what is missing.
     """
     index = device_index(device)
-    if index is not None:
-        return _make_cuda_runner(manifest, descriptors, engine, index)
+    return _make_numpy_runner if index is None else _make_cuda_backend(index)
+
+
+def _make_numpy_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig) -> Runner:
     buffers = [
         map_readonly(descriptor, allocation.num_bytes)
         for descriptor, allocation in zip(descriptors, manifest.allocations, strict=True)
@@ -48,7 +56,7 @@ def make_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineCo
     )
 
 
-def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig, index: int) -> Runner:
+def _make_cuda_backend(index: int) -> Backend:
     phases = Phases(since_start=True)
     phases.lap("interpreter")
     memory = CudaDevice(index)
@@ -63,20 +71,25 @@ def _make_cuda_runner(manifest: Manifest, descriptors: Sequence[int], engine: En
     device = Device(index)
     atexit.register(device.close)
     phases.lap("stream")
-    addresses = [
-        import_readonly(memory, descriptor, allocation.num_bytes).address
-        for descriptor, allocation in zip(descriptors, manifest.allocations, strict=True)
-    ]
-    phases.lap("weights")
-    runner = CudaRunner(
-        device,
-        CudaWeights(manifest.config, manifest.tensors, addresses, device),
-        engine.block_size,
-        engine.num_blocks,
-        engine.max_batch_tokens,
-        engine.max_running,
-        report=lambda done, total: log.info("kernel %d of %d is ready", done, total),
-    )
-    phases.lap("kernels and memory")
-    log.info("the engine has started: %s", phases)
-    return runner
+
+    def make_runner(manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig) -> Runner:
+        phases.lap("wait for weights")
+        addresses = [
+            import_readonly(memory, descriptor, allocation.num_bytes).address
+            for descriptor, allocation in zip(descriptors, manifest.allocations, strict=True)
+        ]
+        phases.lap("weights")
+        runner = CudaRunner(
+            device,
+            CudaWeights(manifest.config, manifest.tensors, addresses, device),
+            engine.block_size,
+            engine.num_blocks,
+            engine.max_batch_tokens,
+            engine.max_running,
+            report=lambda done, total: log.info("kernel %d of %d is ready", done, total),
+        )
+        phases.lap("kernels and memory")
+        log.info("the engine has started: %s", phases)
+        return runner
+
+    return make_runner

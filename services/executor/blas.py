@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def blas_environment(num_threads: int, given: Mapping[str, str], cpuinfo: Path =
     if "OPENBLAS_CORETYPE" not in given and _features(cpuinfo) >= AVX512:
         return {**threads, "OPENBLAS_CORETYPE": "SkylakeX"}
     return threads
+
+
+def default_num_threads() -> int:
+    """Half of the cores that this process may use: the other half serves, tokenizes and loads."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def _features(cpuinfo: Path) -> set[str]:

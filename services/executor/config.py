@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.executor.engine_config import EngineConfig
 from services.executor.step import FULL, GPU_DEPTH, WINDOW
 from shared.config import ClientConfig, ServerConfig
-from shared.cuda_memory import device_index
+from shared.devices import device_index
 from shared.errors import Reason, ServiceError
 from shared.gpt_config import GPTConfig
 from shared.memory import kv_groups, num_kv_blocks
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,3 @@ class ExecutorConfig:
                 f"one block takes {sum(group.block_bytes for group in groups)} bytes",
             )
         return num_blocks
-
-
-def default_num_threads(cores: Sequence[int] | None = None) -> int:
-    """Half of the cores that this process may use: the other half serves, tokenizes and loads."""
-    return max(1, len(cores if cores is not None else os.sched_getaffinity(0)) // 2)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
-import socket
-import sys
 from collections.abc import Callable, Sequence
 
-from services.executor.blas import blas_environment
 from services.executor.engine import EngineStatus
 from services.executor.engine_config import EngineConfig
+from services.executor.engine_spawn import EngineProcess
 from services.executor.messages import (
+    Answer,
     AskStatus,
     Broken,
     Cancel,
     Command,
     Events,
+    Prepared,
     Ready,
     Setup,
     StatusAnswer,
@@ -28,12 +26,13 @@ from services.executor.messages import (
     read_answer,
 )
 from services.executor.request import Event, Request
+from shared.descriptors import send_descriptors
 from shared.errors import Reason, ServiceError
 from shared.manifest import Manifest
-from shared.telemetry import TelemetryConfig
 
 log = logging.getLogger(__name__)
 
+DESCRIPTOR_SECONDS = 10.0
 STATUS_SECONDS = 1.0  # what a scrape of metrics waits for the step that runs
 
 
@@ -43,15 +42,16 @@ def engine_gone() -> ServiceError:
 
 
 class EngineClient:
-    """Starts the engine process and talks with it; one task reads its answers in order.
+    """Talks with the engine process; one task reads its answers in order.
 
     `on_events` is called once for each step, on the event loop; `gone` is set when the process has ended.
     """
 
-    def __init__(self, on_events: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(self, process: EngineProcess, on_events: Callable[[Sequence[Event]], None]) -> None:
         self.gone = asyncio.Event()
         self._on_events = on_events
-        self._process: asyncio.subprocess.Process | None = None
+        self._process = process
+        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
@@ -59,48 +59,37 @@ class EngineClient:
 
     @property
     def process_id(self) -> int:
-        """Of the engine's process, which has been started."""
-        assert self._process is not None
-        return self._process.pid
+        """Of the engine's process."""
+        return self._process.process.pid
 
-    async def start(
-        self,
-        manifest: Manifest,
-        descriptors: Sequence[int],
-        engine: EngineConfig,
-        device: str,
-        num_threads: int,
-        telemetry: TelemetryConfig,
-    ) -> EngineStatus:
-        """Start the process and wait until it runs.
+    async def prepared(self) -> None:
+        """Wait until the process has imported what it needs and has its device.
+
+        Raises:
+            ServiceError: when it can't use the device, with what it said.
+        """
+        self._reader, self._writer = await asyncio.open_connection(sock=self._process.messages)
+        answer = await self._first_answer(self._reader)
+        assert isinstance(answer, Prepared)
+
+    async def start(self, manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig) -> None:
+        """Have the prepared process map a model, and wait until it runs.
+
+        Args:
+            descriptors: one of each allocation; they stay the caller's.
 
         Raises:
             ServiceError: when the engine can't start, with what it said.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "services.executor.engine_process",
-                str(theirs.fileno()),
-                telemetry.log_level,
-                telemetry.log_format,
-                pass_fds=(theirs.fileno(), *descriptors),
-                env={**os.environ, **blas_environment(num_threads, os.environ)},
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Setup(manifest, tuple(descriptors), engine, device))
-        try:
-            answer = await read_answer(reader)
-        except asyncio.IncompleteReadError as error:
-            raise ServiceError(Reason.INTERNAL, "the engine process ended while it was starting") from error
-        if isinstance(answer, Broken):
-            raise answer.error
+        assert self._reader is not None
+        sizes = [allocation.num_bytes for allocation in manifest.allocations]
+        self._send(Setup(manifest, engine))
+        with contextlib.suppress(ConnectionError):  # the process has ended, as the missing answer tells
+            await asyncio.to_thread(send_descriptors, self._process.descriptors, descriptors, sizes, DESCRIPTOR_SECONDS)
+        answer = await self._first_answer(self._reader)
         assert isinstance(answer, Ready)
         self._last_status = answer.status
-        self._reading = asyncio.create_task(self._read(reader))
-        return answer.status
+        self._reading = asyncio.create_task(self._read(self._reader))
 
     def submit(self, request: Request) -> None:
         """Hand a request to the engine; whatever comes of it comes as events."""
@@ -130,15 +119,10 @@ class EngineClient:
         return self._last_status
 
     async def stop(self) -> None:
-        """End the process: closing the socket is enough, a kill follows if it is not."""
+        """End the process."""
         if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), 5)
-            except TimeoutError:
-                self._process.send_signal(signal.SIGKILL)
-                await self._process.wait()
+            self._writer.transport.abort()
+        await asyncio.to_thread(self._process.end)
         if self._reading is not None:
             await self._reading
 
@@ -146,6 +130,15 @@ class EngineClient:
         if self._writer is None or self.gone.is_set():
             raise engine_gone()
         self._writer.write(pack(command))
+
+    async def _first_answer(self, reader: asyncio.StreamReader) -> Answer:
+        try:
+            answer = await read_answer(reader)
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            raise ServiceError(Reason.INTERNAL, "the engine process ended while it was starting") from error
+        if isinstance(answer, Broken):
+            raise answer.error
+        return answer
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

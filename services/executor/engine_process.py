@@ -1,7 +1,7 @@
 """The engine as a process of its own: it maps the weights, owns the KV blocks, and runs step after step.
 
-It is started by `services.executor.engine_client` with one end of a socket pair and the descriptors of the
-weights. It ends when the other end is closed, so it never outlives its server.
+It is started by `services.executor.engine_spawn` with its ends of two sockets, and told what to run by
+`services.executor.engine_client`. It ends when the other ends are closed, so it never outlives its server.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 
-from services.executor.backend import make_runner
+from services.executor.backend import make_backend
 from services.executor.engine import Engine
 from services.executor.messages import (
     AskStatus,
@@ -22,6 +22,7 @@ from services.executor.messages import (
     Command,
     EngineSocket,
     Events,
+    Prepared,
     Ready,
     Setup,
     StatusAnswer,
@@ -29,32 +30,50 @@ from services.executor.messages import (
 )
 from services.executor.request import RequestFailed
 from services.executor.step import DeviceLostError
+from shared.descriptors import close_all, receive_descriptors
 from shared.errors import Reason, ServiceError
 from shared.logs import set_up_logs
 
 log = logging.getLogger(__name__)
 
+DESCRIPTOR_SECONDS = 10.0  # from the first message to the last descriptor
 
-def main(socket_descriptor: int) -> None:
-    """Run the engine over the socket `socket_descriptor` until its other end is closed."""
+
+def main(messages: int, descriptors: int, device: str) -> None:
+    """Run the engine until the other ends of its two sockets are closed.
+
+    Args:
+        messages: descriptor of the socket for `services.executor.messages`.
+        descriptors: of the one over which the weights' descriptors come.
+        device: "cpu" or "cuda:N".
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
-    connection = EngineSocket(socket.socket(fileno=socket_descriptor))
+    connection = EngineSocket(socket.socket(fileno=messages))
     try:
-        setup = connection.receive()
-        assert isinstance(setup, Setup)
-        engine = _start(connection, setup)
+        engine = _start(connection, socket.socket(fileno=descriptors), device)
         if engine is not None:
             _run(connection, engine)
     except DeviceLostError:
         log.exception("the device is lost")
         os._exit(1)  # at once: its memory can't be freed in order
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, ConnectionError):
         return
 
 
-def _start(connection: EngineSocket, setup: Setup) -> Engine | None:
+def _start(connection: EngineSocket, weights: socket.socket, device: str) -> Engine | None:
+    """The engine over the model that the server names; None where it can't be, as the server has been told."""
     try:
-        runner = make_runner(setup.manifest, setup.descriptors, setup.engine, setup.device)
+        backend = make_backend(device)
+        connection.send(Prepared())
+        setup = connection.receive()
+        assert isinstance(setup, Setup)
+        sizes = [allocation.num_bytes for allocation in setup.manifest.allocations]
+        with weights:
+            descriptors = receive_descriptors(weights, sizes, DESCRIPTOR_SECONDS)
+        try:
+            runner = backend(setup.manifest, descriptors, setup.engine)
+        finally:
+            close_all(descriptors)  # mapped memory stays
         engine = Engine(runner, setup.engine)
     except ServiceError as error:
         connection.send(Broken(error))
@@ -93,5 +112,5 @@ def _obey(connection: EngineSocket, engine: Engine, command: Command) -> None:
 
 
 if __name__ == "__main__":
-    set_up_logs("engine", *sys.argv[2:])
-    main(int(sys.argv[1]))
+    set_up_logs("engine", *sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

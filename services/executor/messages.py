@@ -25,12 +25,13 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Setup:
-    """First message to the engine process: the model to map and how to run it."""
+    """First message to the engine process: the model to map and how to run it.
+
+    The descriptors of its allocations follow over a socket of their own.
+    """
 
     manifest: Manifest
-    descriptors: tuple[int, ...]  # inherited, one an allocation
     engine: EngineConfig
-    device: str  # "cpu" or "cuda:N"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Cancel:
 @dataclass(frozen=True)
 class AskStatus:
     """Answer with the engine's status."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """First answer: the process has its device and waits for `Setup`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class StatusAnswer:
 
 
 Command = Setup | Submit | Cancel | AskStatus
-Answer = Ready | Broken | Events | StatusAnswer
+Answer = Prepared | Ready | Broken | Events | StatusAnswer
 
 
 def pack(message: Command | Answer) -> bytes:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.config import ServerConfig
-from shared.cuda_memory import device_index
+from shared.devices import device_index
 from shared.layout import FLOAT32_BUDGET
 from shared.pins import Pins
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 
 MAX_SOCKET_PATH_BYTES = 107  # what a Unix address holds
 

@@ -27,11 +27,12 @@ from services.loader.servicer import LoaderServicer, loader_id
 from services.loader.store import ModelStore
 from services.loader.tokenizer_check import TokenizerChecks
 from shared.config import server_config, server_options
-from shared.cuda_memory import device_index
+from shared.devices import device_index
 from shared.errors import ServiceError
 from shared.pins import Pins
 from shared.server import OVERALL, Server
-from shared.telemetry import Telemetry, telemetry_config, telemetry_options
+from shared.telemetry import Telemetry
+from shared.telemetry_config import telemetry_config, telemetry_options
 
 log = logging.getLogger(__name__)
 

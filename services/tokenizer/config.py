@@ -8,7 +8,7 @@ from pathlib import Path
 from services.tokenizer.template_pool import TemplateLimits
 from shared.config import ClientConfig, ServerConfig
 from shared.pins import Pins
-from shared.telemetry import TelemetryConfig
+from shared.telemetry_config import TelemetryConfig
 
 
 @dataclass(frozen=True)

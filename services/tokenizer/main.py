@@ -24,7 +24,8 @@ from shared.config import client_config, client_options, server_config, server_o
 from shared.errors import ServiceError
 from shared.pins import Pins
 from shared.server import OVERALL, Server
-from shared.telemetry import Telemetry, telemetry_config, telemetry_options
+from shared.telemetry import Telemetry
+from shared.telemetry_config import telemetry_config, telemetry_options
 
 log = logging.getLogger(__name__)
 
