@@ -88,7 +88,8 @@ class CudaOps:
             self._workspace.x if is_token else self._workspace.embedded, self._step.shape.num_rows, table.num_inputs
         )
         arguments = (part.quants, part.scales, part.minima, ids, x.address, table.num_inputs, table.num_column_tiles)
-        self._device.launch(f"embed_{part.family.name}", (x.num_rows, 1, 1), 128, *arguments)
+        grid = (x.num_rows, -(-table.num_inputs // (8 * 128)), 1)
+        self._device.launch(f"embed_{part.family.name}", grid, 128, *arguments)
         return x
 
     def add(self, x: Floats, y: Floats | Product | ExpertSum | ExpertOutputs) -> Floats:
@@ -246,6 +247,8 @@ class CudaOps:
         return outputs
 
     def select_rows(self, x: Floats, rows: int) -> Floats:
+        if self._step.shape.num_logits == x.num_rows:
+            return x  # rows ascend: they are all of them
         selected = Floats(self._workspace.selected, self._step.shape.num_logits, x.width)
         if selected.num_rows:
             self._device.launch("gather", (selected.num_rows, 1, 1), 256, x.address, rows, selected.address, x.width)

@@ -15,7 +15,7 @@
 #include "device.cuh"
 #include "spread.cuh"
 
-constexpr int NUM_WARPS = 4;
+constexpr int NUM_WARPS = 4, NUM_THREADS = 32 * NUM_WARPS;
 constexpr int CHUNK = 32;                        // positions
 constexpr int K_BLOCKS = HEAD_SIZE_PADDED / 32;  // of 32 dimensions
 constexpr int V_TILES = HEAD_SIZE_PADDED / 8;    // of 8 dimensions
@@ -23,7 +23,10 @@ constexpr int HALF_HEAD = HEAD_SIZE / 2;
 constexpr int MAX_GROUP = 16;                    // query heads of a key head
 constexpr int STAGES = HEAD_SIZE_PADDED <= 64 ? 2 : 1;  // chunks of a warp in flight
 constexpr int MAX_SPLITS = 64;
+constexpr int SHARES = (MAX_GROUP + 2 + NUM_WARPS - 1) / NUM_WARPS;  // a warp's, of queries, new key and new value
+constexpr int EARLY_SPLITS = 8, EARLY_ROUNDS = 4;  // whose values are read before their factors are known
 constexpr float NOTHING = -1e30f;                // a maximum over no position: finite, so that differences are
+constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Chunk {
     uint4 keys[4][K_BLOCKS][32];  // [tile][block of dimensions][lane]: 8 dimensions of a position
@@ -82,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
     __shared__ __half queries[MAX_GROUP][HEAD_SIZE_PADDED + 8];
     __shared__ __half new_key[HEAD_SIZE_PADDED], new_value[HEAD_SIZE_PADDED];
+    __shared__ float own_sinks[MAX_GROUP];
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int kv_head = blockIdx.x, row = blockIdx.y, group = num_heads / num_kv_heads;
@@ -109,33 +113,55 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         if (chunk < end) copy(chunk, stage);
         end_copies();
     }
+    // What no earlier kernel of the step writes, or only its first one.
+    for (int i = group * HEAD_SIZE_PADDED + threadIdx.x; i < MAX_GROUP * HEAD_SIZE_PADDED; i += NUM_THREADS)
+        queries[i / HEAD_SIZE_PADDED][i % HEAD_SIZE_PADDED] = __half();
+    if (sinks != nullptr && threadIdx.x < group) own_sinks[threadIdx.x] = sinks[kv_head * group + threadIdx.x] * LOG2_E;
+    float2 turns[K_BLOCKS];
+#pragma unroll
+    for (int k = 0; k < K_BLOCKS; k++) {
+        const int d = k * 32 + lane;
+        turns[k] = angles == nullptr || d >= HEAD_SIZE ? make_float2(1.0f, 0.0f)
+                                                       : angles[row * HALF_HEAD + (d < HALF_HEAD ? d : d - HALF_HEAD)];
+    }
     await_inputs();
     start_dependents();
     if (static_cast<int>(blockIdx.z) >= num_splits) return;
 
-    // Queries, and the new key and value, turned and rounded to half.
+    // Queries, and the new key and value, turned and rounded to half. All are asked for before the first is used.
     const bool has_last = begin <= last_chunk && last_chunk < end;
+    const int num_sources = has_last ? group + 2 : group;
     const float* source = qkv + static_cast<size_t>(row) * (num_heads + 2 * num_kv_heads) * HEAD_SIZE;
-    for (int i = threadIdx.x; i < (MAX_GROUP + 2) * HEAD_SIZE_PADDED; i += blockDim.x) {
-        const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
-        const bool is_query = head < MAX_GROUP, is_value = head == MAX_GROUP + 1;
-        if (!is_query && !has_last) break;
-        float value = 0.0f;
-        if (d < HEAD_SIZE && (!is_query || head < group)) {
-            const int index = is_query ? kv_head * group + head : num_heads + (is_value ? num_kv_heads : 0) + kv_head;
-            const float* own = source + index * HEAD_SIZE;
-            value = own[d];
-            if (angles != nullptr && !is_value) {
-                const bool is_first = d < HALF_HEAD;
-                const float2 angle = angles[row * HALF_HEAD + (is_first ? d : d - HALF_HEAD)];
-                const float other = own[is_first ? d + HALF_HEAD : d - HALF_HEAD];
-                value = value * angle.x + (is_first ? -other : other) * angle.y;
-            }
-            if (is_query) value *= scale;
+    float own[SHARES][K_BLOCKS], other[SHARES][K_BLOCKS];
+#pragma unroll
+    for (int share = 0; share < SHARES; share++) {
+        const int head = share * NUM_WARPS + warp;
+        const int index = head < group ? kv_head * group + head : num_heads + (head - group) * num_kv_heads + kv_head;
+#pragma unroll
+        for (int k = 0; k < K_BLOCKS; k++) {
+            const int d = k * 32 + lane;
+            const bool is_there = head < num_sources && d < HEAD_SIZE;
+            own[share][k] = is_there ? source[index * HEAD_SIZE + d] : 0.0f;
+            if (is_there && angles != nullptr && head <= group)
+                other[share][k] = d < HALF_HEAD ? -source[index * HEAD_SIZE + d + HALF_HEAD] : source[index * HEAD_SIZE + d - HALF_HEAD];
+            else
+                other[share][k] = 0.0f;
         }
-        if (is_query) {
-            queries[head][d] = to_half(value);
-        } else {
+    }
+#pragma unroll
+    for (int share = 0; share < SHARES; share++) {
+        const int head = share * NUM_WARPS + warp;
+        if (head >= num_sources) break;
+#pragma unroll
+        for (int k = 0; k < K_BLOCKS; k++) {
+            const int d = k * 32 + lane;
+            float value = own[share][k];
+            if (head <= group) value = value * turns[k].x + other[share][k] * turns[k].y;
+            if (head < group) {
+                queries[head][d] = to_half(value * scale);
+                continue;
+            }
+            const bool is_value = head > group;
             (is_value ? new_value : new_key)[d] = to_half(value);
             const size_t head_place = (static_cast<size_t>(place / block_size) * num_kv_heads + kv_head) * head_size;
             const int offset = place % block_size;
@@ -239,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     auto finish = [&](int head, int d, float value, float highest, float total) {
         float factor = 1.0f;
         if (sinks != nullptr) {
-            const float sink = sinks[kv_head * group + head] * 1.4426950408889634f, both = fmaxf(highest, sink);
+            const float sink = own_sinks[head], both = fmaxf(highest, sink);
             factor = exp2f(highest - both);
             total = total * factor + exp2f(sink - both);
         }
@@ -248,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] =
             to_half(place < 0 ? 0.0f : value * factor / total);
     };
-    for (int i = threadIdx.x; i < group * HEAD_SIZE_PADDED; i += blockDim.x) {
+    for (int i = threadIdx.x; i < group * HEAD_SIZE_PADDED; i += NUM_THREADS) {
         const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
         const Merged& merged = memory.merged;
         float highest = merged.maxima[0][head], total = 0.0f, value = 0.0f;
@@ -280,36 +306,58 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     if (!is_last) return;
     __threadfence();
     // Each split's factor under the maximum of all, in the memory that merging no longer needs.
+    // Values of the first splits are asked for together with what makes their factors: one trip to the second cache.
+    auto load_first = [&](int i, float (&first)[EARLY_SPLITS]) {
+        const float* own = parts + i / HEAD_SIZE_PADDED * WIDTH + i % HEAD_SIZE_PADDED;
+#pragma unroll
+        for (int split = 0; split < EARLY_SPLITS; split++)
+            first[split] = i < group * HEAD_SIZE_PADDED && split < num_splits ? __ldcg(&own[split * group * WIDTH]) : 0.0f;
+    };
+    float early[EARLY_ROUNDS][EARLY_SPLITS];
+#pragma unroll
+    for (int round = 0; round < EARLY_ROUNDS; round++) load_first(round * NUM_THREADS + threadIdx.x, early[round]);
+    // Each split's factor under the maximum of all, in the memory that merging no longer needs.
     float* factors = reinterpret_cast<float*>(&memory);  // (G, splits)
     float* totals = factors + MAX_GROUP * MAX_SPLITS;    // (G, 2): maximum, sum
     for (int head = warp; head < group; head += NUM_WARPS) {
-        float own[MAX_SPLITS / 32], highest = NOTHING, total = 0.0f;
+        float2 own[MAX_SPLITS / 32];
+        float highest = NOTHING, total = 0.0f;
 #pragma unroll
         for (int i = 0; i < MAX_SPLITS / 32; i++) {
             const int split = i * 32 + lane;
-            own[i] = split < num_splits ? __ldcg(&parts[(split * group + head) * WIDTH + HEAD_SIZE_PADDED]) : NOTHING;
-            highest = fmaxf(highest, own[i]);
+            const float2* ends = reinterpret_cast<const float2*>(&parts[(split * group + head) * WIDTH + HEAD_SIZE_PADDED]);
+            own[i] = split < num_splits ? __ldcg(ends) : make_float2(NOTHING, 0.0f);
         }
+#pragma unroll
+        for (int i = 0; i < MAX_SPLITS / 32; i++) highest = fmaxf(highest, own[i].x);
         for (int distance = 16; distance > 0; distance /= 2)
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
 #pragma unroll
         for (int i = 0; i < MAX_SPLITS / 32; i++) {
-            const int split = i * 32 + lane;
-            if (split >= num_splits) continue;
-            const float factor = exp2f(own[i] - highest);
-            factors[head * MAX_SPLITS + split] = factor;
-            total += __ldcg(&parts[(split * group + head) * WIDTH + HEAD_SIZE_PADDED + 1]) * factor;
+            const float factor = exp2f(own[i].x - highest);
+            factors[head * MAX_SPLITS + i * 32 + lane] = factor;
+            total += own[i].y * factor;
         }
         total = warp_sum(total);
         if (lane == 0) totals[2 * head] = highest, totals[2 * head + 1] = total;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < group * HEAD_SIZE_PADDED; i += blockDim.x) {
+    auto merge = [&](int i, const float (&first)[EARLY_SPLITS]) {
+        if (i >= group * HEAD_SIZE_PADDED) return;
         const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
         float value = 0.0f;
+#pragma unroll
+        for (int split = 0; split < EARLY_SPLITS; split++)
+            if (split < num_splits) value += first[split] * factors[head * MAX_SPLITS + split];
 #pragma unroll 8
-        for (int split = 0; split < num_splits; split++)
+        for (int split = EARLY_SPLITS; split < num_splits; split++)
             value += __ldcg(&parts[(split * group + head) * WIDTH + d]) * factors[head * MAX_SPLITS + split];
         finish(head, d, value, totals[2 * head], totals[2 * head + 1]);
+    };
+#pragma unroll
+    for (int round = 0; round < EARLY_ROUNDS; round++) merge(round * NUM_THREADS + threadIdx.x, early[round]);
+    for (int i = EARLY_ROUNDS * NUM_THREADS + threadIdx.x; i < group * HEAD_SIZE_PADDED; i += NUM_THREADS) {
+        load_first(i, early[0]);
+        merge(i, early[0]);
     }
 }

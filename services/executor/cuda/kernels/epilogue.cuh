@@ -32,29 +32,38 @@ __device__ __forceinline__ float swiglu(float gate, float up) {
 }
 
 template <int EPILOGUE>
-__device__ __forceinline__ void finish_one(const Output& out, const float* bias, int row, int output, float sum) {
+__device__ __forceinline__ void finish_one(const Output& out, int row, int output, float sum) {
     if (output >= out.num_outputs) return;
     const size_t index = static_cast<size_t>(row) * out.pitch + output;
-    if (bias != nullptr) sum += bias[output];
     if (EPILOGUE == STORE) static_cast<float*>(out.values)[index] = sum;
     if (EPILOGUE == RESIDUAL) static_cast<float*>(out.values)[index] += sum;
     if (EPILOGUE == GELU) static_cast<__half*>(out.values)[index] = to_half(gelu(sum));
+    if (EPILOGUE == SWIGLU) static_cast<__half*>(out.values)[index] = to_half(sum);
 }
 
-// The sums of outputs g and g + 8 of strip `strip` in row `row`.
+// Outputs g and g + 8 of strip `strip` in row `row`, from their sums with biases.
+template <int EPILOGUE>
+__device__ __forceinline__ void finish_sums(const Output& out, int strip, int g, int row, float low, float high) {
+    if (EPILOGUE == SWIGLU) {
+        finish_one<SWIGLU>(out, row, strip * 8 + g, swiglu(low, high));
+    } else {
+        finish_one<EPILOGUE>(out, row, strip * 16 + g, low);
+        finish_one<EPILOGUE>(out, row, strip * 16 + g + 8, high);
+    }
+}
+
+// The same from sums without.
 template <int EPILOGUE>
 __device__ __forceinline__ void finish(const Output& out, int expert, int strip, int g, int row, float low, float high) {
     const size_t offset = static_cast<size_t>(expert) * out.num_outputs;
-    if (EPILOGUE != SWIGLU) {
-        const float* bias = out.bias == nullptr ? nullptr : out.bias + offset;
-        finish_one<EPILOGUE>(out, bias, row, strip * 16 + g, low);
-        finish_one<EPILOGUE>(out, bias, row, strip * 16 + g + 8, high);
-        return;
+    const int output = strip * (EPILOGUE == SWIGLU ? 8 : 16) + g;
+    if (EPILOGUE == SWIGLU) {
+        if (output < out.num_outputs) low += out.bias[offset + output], high += out.up_bias[offset + output];
+    } else if (out.bias != nullptr) {
+        if (output < out.num_outputs) low += out.bias[offset + output];
+        if (output + 8 < out.num_outputs) high += out.bias[offset + output + 8];
     }
-    const int output = strip * 8 + g;
-    if (output >= out.num_outputs) return;
-    const float activated = swiglu(low + out.bias[offset + output], high + out.up_bias[offset + output]);
-    static_cast<__half*>(out.values)[static_cast<size_t>(row) * out.pitch + output] = to_half(activated);
+    finish_sums<EPILOGUE>(out, strip, g, row, low, high);
 }
 
 // The same where the kernel does not know at compile time.

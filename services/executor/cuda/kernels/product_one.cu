@@ -28,6 +28,7 @@ constexpr int NUM_WARPS = WARPS, NUM_THREADS = 32 * NUM_WARPS;
 constexpr int HELD = 3072 / NUM_THREADS;      // values of x that a thread holds while they are normalised
 constexpr int CHUNKS_HELD = 6;                // of 8 halves, that a thread holds on their way to shared memory
 constexpr int MAX_STRIPS = 128;               // of a block
+constexpr int HELD_STRIPS = 8;                // of a block and its experts, whose biases and residuals are held
 
 // What a warp copies next: the lane's share of its codes, and of the scales of the group's tile t.
 struct Ahead {
@@ -75,6 +76,7 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
     __shared__ float shares[MAX_STRIPS][16];  // strips' sums; of those that several ranges share, what the first had
     __shared__ float later[NUM_WARPS][16];    // what each warp adds to a strip that an earlier one began
     __shared__ int later_strips[NUM_WARPS];   // which that is, or -1
+    __shared__ float biases[HELD_STRIPS * 16], residuals[HELD_STRIPS * 16];
     __shared__ float squares[NUM_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int x_stride = (column_tiles + GROUP) * 64;  // halves; a last group's missing tiles are zero
@@ -150,15 +152,33 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
     for (int slot = 0; slot < DEPTH * GROUP_BYTES; slot += GROUP_BYTES) copy_group(slot);
     if (lane == 0) later_strips[warp] = -1;
 
-    // What the last step of all reads is fetched to the second cache meanwhile.
+    // What the last step of all adds is on its way meanwhile: to shared memory or, where it is much, to the second cache.
+    const bool are_held = (end - begin) * num_parts <= HELD_STRIPS;
+    auto bias_of = [&](int own_strip, int part, int output) {  // of a strip's 16
+        const int own = IS_SUMMED ? experts[part] : expert;
+        const float* bias = EPILOGUE == SWIGLU && output >= 8 ? out.up_bias - 8 : out.bias;
+        return bias + static_cast<size_t>(own) * out.num_outputs + (begin + own_strip) * (EPILOGUE == SWIGLU ? 8 : 16) + output;
+    };
+    auto is_output = [&](int own_strip, int output) {
+        return (begin + own_strip) * (EPILOGUE == SWIGLU ? 8 : 16) + (EPILOGUE == SWIGLU ? output % 8 : output) < out.num_outputs;
+    };
     if (out.bias != nullptr) {
-        for (int i = threadIdx.x; i < (end - begin) * num_parts; i += NUM_THREADS) {
-            const int own = IS_SUMMED ? experts[i % num_parts] : expert, own_strip = begin + i / num_parts;
-            const size_t first_output = static_cast<size_t>(own) * out.num_outputs + own_strip * (EPILOGUE == SWIGLU ? 8 : 16);
-            prefetch(out.bias + first_output);
-            if (EPILOGUE == SWIGLU) prefetch(out.up_bias + first_output);
+        for (int i = threadIdx.x; i < (end - begin) * num_parts * 16; i += NUM_THREADS) {
+            const int own_strip = i / 16 / num_parts, part = i / 16 % num_parts;
+            if (!is_output(own_strip, i % 16)) continue;
+            if (are_held)
+                copy_async<4>(&biases[i], bias_of(own_strip, part, i % 16));
+            else if (i % 8 == 0)
+                prefetch(bias_of(own_strip, part, i % 16));
         }
     }
+    auto hold_residuals = [&]() {
+        if constexpr (EPILOGUE == RESIDUAL) {
+            if (!are_held) return;
+            for (int i = threadIdx.x; i < (end - begin) * 16; i += NUM_THREADS)
+                if (is_output(i / 16, i % 16)) copy_async<4>(&residuals[i], static_cast<const float*>(out.values) + begin * 16 + i);
+        }
+    };
     if (norm_weight != nullptr) {
         float values[HELD], factors[HELD], square = 0.0f;
 #pragma unroll
@@ -168,6 +188,7 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
         }
         await_inputs();
         start_dependents();
+        hold_residuals();
         const float* source = static_cast<const float*>(x);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
@@ -197,6 +218,7 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
             start_dependents();
             load_x(threadIdx.x);
         }
+        hold_residuals();
         for (int first_chunk = threadIdx.x; first_chunk < num_chunks; first_chunk += CHUNKS_HELD * NUM_THREADS) {
             if (first_chunk != threadIdx.x) load_x(first_chunk);
 #pragma unroll
@@ -256,28 +278,32 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
         is_first = true;
         totals[0] = totals[1] = 0.0f;
     }
+    await_copies<0>();
     __syncthreads();
 
+    const int row = IS_SUMMED ? 0 : blockIdx.y;
     // Output i % 8 of a strip and the one eight on; what later ranges have of it comes in their order.
     for (int i = threadIdx.x; i < (end - begin) * 8; i += NUM_THREADS) {
         const int output = i % 8, own_strip = i / 8;
         float low = shares[own_strip][output], high = shares[own_strip][output + 8];
-#pragma unroll 1
+#pragma unroll
         for (int other = 1; other < NUM_WARPS; other++)
             if (later_strips[other] == own_strip) low += later[other][output], high += later[other][output + 8];
         low *= SUM_FACTOR, high *= SUM_FACTOR;
-        if constexpr (!IS_SUMMED) {
-            finish<EPILOGUE>(out, expert, begin + own_strip, output, blockIdx.y, low, high);
-        } else {
-            const int first_output = (begin + own_strip) * 16 + output;
+        const bool is_low = is_output(own_strip, output), is_high = is_output(own_strip, output + 8);
+        if (out.bias != nullptr) {
             for (int part = 0; part < num_parts; part++) {
-                const float* bias = out.bias + static_cast<size_t>(experts[part]) * out.num_outputs + first_output;
-                const float weight = weights[part];
-                if (first_output < out.num_outputs) low += weight * bias[0];
-                if (first_output + 8 < out.num_outputs) high += weight * bias[8];
+                const float* held = biases + (own_strip * num_parts + part) * 16 + output;
+                const float weight = IS_SUMMED ? weights[part] : 1.0f;
+                if (is_low) low += weight * (are_held ? held[0] : *bias_of(own_strip, part, output));
+                if (is_high) high += weight * (are_held ? held[8] : *bias_of(own_strip, part, output + 8));
             }
-            const Output sum = {out.values, nullptr, nullptr, out.pitch, out.num_outputs, EPILOGUE};
-            finish<EPILOGUE>(sum, 0, begin + own_strip, output, 0, low, high);
+        }
+        if (EPILOGUE == RESIDUAL && are_held) {
+            const float* held_residuals = residuals + own_strip * 16 + output;
+            finish_sums<STORE>(out, begin + own_strip, output, row, held_residuals[0] + low, held_residuals[8] + high);
+        } else {
+            finish_sums<EPILOGUE>(out, begin + own_strip, output, row, low, high);
         }
     }
 }
