@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ SPLITS = (2, 4, 8)  # blocks of a cluster of product_split.cu
 SPLIT_STAGES = 8  # most of them, past which nothing is gained
 BOX_ROWS = 32  # of x, that wgmma_tiles.cuh copies at once
 WGMMA_SHARED = 232_448  # bytes of shared memory that a block has on Hopper
+MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
 ATTENTION_WGMMA_HEAD = 64  # values of a head, padded, that attention_wgmma.cu takes
 ATTENTION_WGMMA_GROUPS = 2  # of four warps that multiply, each 64 rows of queries
 ATTENTION_WGMMA_STAGES = 3  # of 128 positions' keys and values, and eight dimensions of ones
@@ -76,7 +78,6 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
         Module("rope", head): [("rotation", "rotation", "PPPf"), ("store_kv", "store_kv", "PPPPPPiiif")],
         Module("store_kv_many", head): [("store_kv_many", "store_kv_many", "PPPPPPiiifi")],
         Module("attention", head): attention,
-        Module("attention_decode", head): [("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiiif")],
         Module("attention_prefill", head): [("attention_prefill", "attention_prefill", "PPPPPPPiiiiiii")],
         Module("sample"): [
             ("resolve_tokens", "resolve_tokens", "PPi"),
@@ -93,6 +94,10 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
             ("sum_kept", "sum_kept", "PPPPPi"),
         ],
     }
+    group = config.num_heads // config.num_kv_heads
+    if group <= MAX_GROUP:
+        entry = ("attention_decode", "attention_decode", "PPPPPPPPPPPiiiiiiif")
+        modules[Module("attention_decode", (*head, ("GROUP", group)))] = [entry]
     if dict(head)["HEAD_SIZE_PADDED"] == ATTENTION_WGMMA_HEAD:
         constants = (*head, ("NUM_GROUPS", ATTENTION_WGMMA_GROUPS), ("NUM_STAGES", ATTENTION_WGMMA_STAGES))
         modules[Module("attention_wgmma", constants)] = [("attention_wgmma", "attention_wgmma", "PPPPPPPiiiiii")]
@@ -112,7 +117,8 @@ def modules_of(config: GPTConfig, families: Iterable[Family]) -> dict[Module, Se
     return modules
 
 
-def wgmma_tiles(family: Family) -> dict[str, WgmmaTile]:
+@functools.cache
+def wgmma_tiles(family: Family) -> Mapping[str, WgmmaTile]:
     """The tiles of product_wgmma.cu, by name; of two strips of wide weights to a warp registers hold only one."""
     return {name: tile for name, tile in WGMMA_TILES.items() if family <= Family.INT8 or tile.strips == 1}
 
@@ -127,6 +133,7 @@ def _largest_bytes(family: Family) -> int:
     return 16 if family == Family.MXFP4 else 0
 
 
+@functools.cache
 def wgmma_stages(family: Family, tile: WgmmaTile) -> tuple[int, int]:
     """How many stages of product_wgmma.cu shared memory holds, and their bytes with their barriers, to be aligned."""
     stage = tile.stage_tiles * (tile.rows * 64 * 2 + tile.num_strips * sum(tile_bytes(family)))

@@ -23,7 +23,7 @@ from services.executor.cuda.arrays import (
     Routing,
     Unplaced,
 )
-from services.executor.cuda.kernels import ATTENTION_WGMMA_BYTES, ATTENTION_WGMMA_HEAD
+from services.executor.cuda.kernels import ATTENTION_WGMMA_BYTES, ATTENTION_WGMMA_HEAD, MAX_GROUP
 from services.executor.cuda.kv import CudaStep, KVLayer, padded_head_size
 from services.executor.cuda.products import (
     FEW_ROWS,
@@ -46,8 +46,6 @@ LOG2_E = math.log2(math.e)  # attention's exponentials are of base 2
 ROUTER_ROWS = 256  # past them the router's product is taken by tensor cores
 MAX_SORTED = 1024  # pairs of rows and experts that route.cu chooses and sorts in one block
 FEW_PAIRS = 64  # up to which that is faster than choosing in many blocks and sorting in one
-MAX_SPLITS = 64  # of a decoding step's positions
-MAX_GROUP = 16  # query heads of a key head in attention_decode.cu
 
 
 class CudaOps:
@@ -306,7 +304,7 @@ class CudaOps:
 def decode_shared(head_size: int) -> int:
     """Bytes of attention_decode.cu's dynamic shared memory: chunks, then what its warps merge."""
     chunks = 4 * (2 if head_size <= 64 else 1) * 128 * head_size
-    return max(chunks, 4 * 4 * MAX_GROUP * (head_size + 3))
+    return max(chunks, 4 * 4 * MAX_GROUP * (head_size + 4))
 
 
 def item_tokens(config: GPTConfig, tile_rows: int) -> int:

@@ -34,7 +34,7 @@ from services.executor.cuda.kv import (
     pack,
     padded_head_size,
 )
-from services.executor.cuda.ops import MAX_SPLITS, CudaOps, item_tokens, wide_tokens
+from services.executor.cuda.ops import CudaOps, item_tokens, wide_tokens
 from services.executor.cuda.products import SMALL_ROWS
 from services.executor.cuda.readback import HostBuffer, Launched, RowsToDraw, WantedLogits
 from services.executor.cuda.sampling import ROW_SAMPLING, CudaSampler
@@ -50,7 +50,8 @@ GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_LOGITS = 256  # rows of logits at once
 MAX_WANTED = 32  # rows of logits that a step brings to the host without waiting for them
 MAX_HEAD_SIZE = 128
-BUSY_BLOCKS = 2  # of attention on each multiprocessor, that splitting aims at
+BUSY_BLOCKS = 3  # of attention on each multiprocessor, that splitting aims at: as many as run at once
+MAX_SPLITS = 32  # of a sequence's positions: more take longer to merge than they save
 SPLIT_CHUNKS = 4  # of 32 positions, that a split has at least: one for each of its warps
 
 

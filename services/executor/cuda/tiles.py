@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from services.executor.cuda.kernels import SPLITS, tile_bytes, wgmma_tiles
 from shared.cuda_layout import Family
 
@@ -12,6 +14,7 @@ OVERHEAD = 450.0, 130.0  # cycles of a stage beside its products, and of each st
 START = 4096.0  # cycles of a tile beside its columns: until the first comes, and for its sums to be stored
 
 
+@functools.lru_cache(4096)  # asked for by every product of a step that is no graph
 def choose_tile(
     num_rows: int,
     num_strips: int,

@@ -3,14 +3,14 @@
 //
 // A block takes one row, one key head and one split of the positions, 32 positions at a time (a chunk) for each of its
 // 4 warps. Rows of the tensor cores' operand are the G query heads that share the key head, 16 of them at most. A
-// lane's shares of keys and of values come through shared memory in slots of its own, those of the first chunks before
-// the kernel before this one ends: all but the last position was written by earlier steps. The last position's key and
+// warp's keys and values come through shared memory of its own, those of the first chunks before the kernel before this
+// one ends: all but the last position was written by earlier steps. The last position's key and
 // value are put over what was copied of them, and into their block.
 // Splits leave (maximum, sum, values) behind; the last one to finish merges them in order, so the result does not depend
 // on which it is. The sink joins once, at the end. Exponentials are of base 2: queries are scaled by log2(e)/sqrt(D),
 // sinks are scaled here.
 // Launch: grid (K, rows, splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in ops.py reckons;
-// -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32).
+// -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32), GROUP (G).
 // Moves: of each row the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head.
 #include "device.cuh"
 #include "spread.cuh"
@@ -20,11 +20,15 @@ constexpr int CHUNK = 32;                        // positions
 constexpr int K_BLOCKS = HEAD_SIZE_PADDED / 32;  // of 32 dimensions
 constexpr int V_TILES = HEAD_SIZE_PADDED / 8;    // of 8 dimensions
 constexpr int HALF_HEAD = HEAD_SIZE / 2;
-constexpr int MAX_GROUP = 16;                    // query heads of a key head
+constexpr int HALVES = GROUP > 8 ? 2 : 1;        // of the operand's 16 rows: the second one may be empty
+static_assert(GROUP <= 16, "the tensor cores' operand has 16 rows");
 constexpr int STAGES = HEAD_SIZE_PADDED <= 64 ? 2 : 1;  // chunks of a warp in flight
+constexpr int SHARES = (GROUP + 2 + NUM_WARPS - 1) / NUM_WARPS;  // a warp's, of queries, new key and new value
+constexpr int HEADS = (GROUP + NUM_WARPS - 1) / NUM_WARPS;       // a warp's, of queries, where splits are merged
+constexpr int NUM_VALUES = GROUP * HEAD_SIZE_PADDED;
 constexpr int MAX_SPLITS = 64;
-constexpr int SHARES = (MAX_GROUP + 2 + NUM_WARPS - 1) / NUM_WARPS;  // a warp's, of queries, new key and new value
-constexpr int EARLY_SPLITS = 8, EARLY_ROUNDS = 4;  // whose values are read before their factors are known
+constexpr int BATCH_SPLITS = 8;  // of which a thread reads values at once, for so many of its own:
+constexpr int ROUNDS = NUM_VALUES < 4 * NUM_THREADS ? (NUM_VALUES + NUM_THREADS - 1) / NUM_THREADS : 4;
 constexpr float NOTHING = -1e30f;                // a maximum over no position: finite, so that differences are
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -34,9 +38,10 @@ struct Chunk {
 };
 
 struct Merged {
-    float values[NUM_WARPS][MAX_GROUP][HEAD_SIZE_PADDED + 1];
-    float maxima[NUM_WARPS][MAX_GROUP];
-    float sums[NUM_WARPS][MAX_GROUP];
+    float values[NUM_WARPS][GROUP][HEAD_SIZE_PADDED + 1];
+    float maxima[NUM_WARPS][GROUP];
+    float sums[NUM_WARPS][GROUP];
+    float factors[NUM_WARPS][GROUP];
 };
 
 union Memory {
@@ -47,13 +52,24 @@ union Memory {
 // Column 2t + i of tile n is position 8t + 2n + i of the chunk: a lane's 8 scores are of 8 neighbours.
 __device__ __forceinline__ int key_position(int tile, int g) { return g / 2 * 8 + 2 * tile + g % 2; }
 
+// A warp's copies of a chunk; its lanes read each other's, so the warp meets before it reads and before it copies again.
 __device__ __forceinline__ void copy_chunk(Chunk& chunk, const __half* keys, const __half* values, int block_size, int lane) {
     const int g = lane / 4, t = lane % 4;
+    if constexpr (8 % K_BLOCKS == 0) {
+        // 512 bytes at once, one after another: `ROWS` positions, of which this lane has a piece of its one.
+        constexpr int ROWS = 8 / K_BLOCKS;
+        const int row = lane / (4 * K_BLOCKS), piece = lane % (4 * K_BLOCKS);
+        uint4* target = &chunk.keys[row / 2][piece / 4][4 * (row % 2) + piece % 4];
 #pragma unroll
-    for (int tile = 0; tile < 4; tile++)
+        for (int i = 0; i < 4 * K_BLOCKS; i++)
+            copy_async<16>(target + (ROWS * i % 8 / 2 * K_BLOCKS) * 32 + ROWS * i / 8 * 8, keys + i * 256 + lane * 8);
+    } else {
 #pragma unroll
-        for (int k = 0; k < K_BLOCKS; k++)
-            copy_async<16>(&chunk.keys[tile][k][lane], keys + key_position(tile, g) * HEAD_SIZE_PADDED + k * 32 + t * 8);
+        for (int tile = 0; tile < 4; tile++)
+#pragma unroll
+            for (int k = 0; k < K_BLOCKS; k++)
+                copy_async<16>(&chunk.keys[tile][k][lane], keys + key_position(tile, g) * HEAD_SIZE_PADDED + k * 32 + t * 8);
+    }
 #pragma unroll
     for (int v = 0; v < V_TILES; v++) copy_async<16>(&chunk.values[v][lane], values + (v * 8 + g) * block_size + t * 8);
 }
@@ -83,27 +99,28 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     float scale) {
     extern __shared__ uint4 dynamic[];
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
-    __shared__ __half queries[MAX_GROUP][HEAD_SIZE_PADDED + 8];
+    __shared__ __half queries[8 * HALVES][HEAD_SIZE_PADDED + 8];
     __shared__ __half new_key[HEAD_SIZE_PADDED], new_value[HEAD_SIZE_PADDED];
-    __shared__ float own_sinks[MAX_GROUP];
+    __shared__ float own_sinks[GROUP];
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int kv_head = blockIdx.x, row = blockIdx.y, group = num_heads / num_kv_heads;
+    const int kv_head = blockIdx.x, row = blockIdx.y;
     // What the host wrote for the step may be read before the wait.
     const int4 item = items[row];
     const int position = item.z, place = places[row];
     const int* table = tables + static_cast<size_t>(item.w) * table_pitch;
     const int first = window > 0 ? max(0, position - window + 1) : 0, last_chunk = position / CHUNK;
     const int first_chunk = first / CHUNK, num_chunks = place < 0 ? 0 : last_chunk + 1 - first_chunk;
-    const int per_split = max(1, static_cast<int>((num_chunks + gridDim.z - 1) / gridDim.z));
-    const int num_splits = max(1, (num_chunks + per_split - 1) / per_split);  // that have anything to see
+    const bool is_split = gridDim.z > 1;
+    const int per_split = is_split ? max(1, static_cast<int>((num_chunks + gridDim.z - 1) / gridDim.z)) : num_chunks;
+    const int num_splits = is_split ? max(1, (num_chunks + per_split - 1) / per_split) : 1;  // that have anything to see
     const int begin = first_chunk + blockIdx.z * per_split, end = min(begin + per_split, first_chunk + num_chunks);
     const size_t head_size = static_cast<size_t>(block_size) * HEAD_SIZE_PADDED;
 
+    auto block_of = [&](int at) { return block_size == CHUNK ? at / CHUNK : at / block_size; };  // division is slow
     auto copy = [&](int chunk, int stage) {
-        const int at = chunk * CHUNK;
-        const size_t head = (static_cast<size_t>(table[at / block_size]) * num_kv_heads + kv_head) * head_size;
-        const int offset = at % block_size;
+        const int at = chunk * CHUNK, block = block_of(at), offset = at - block * block_size;
+        const size_t head = (static_cast<size_t>(table[block]) * num_kv_heads + kv_head) * head_size;
         copy_chunk(memory.chunks[warp][stage], keys + head + static_cast<size_t>(offset) * HEAD_SIZE_PADDED,
                    values + head + offset, block_size, lane);
     };
@@ -114,9 +131,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         end_copies();
     }
     // What no earlier kernel of the step writes, or only its first one.
-    for (int i = group * HEAD_SIZE_PADDED + threadIdx.x; i < MAX_GROUP * HEAD_SIZE_PADDED; i += NUM_THREADS)
+    for (int i = GROUP * HEAD_SIZE_PADDED + threadIdx.x; i < 8 * HALVES * HEAD_SIZE_PADDED; i += NUM_THREADS)
         queries[i / HEAD_SIZE_PADDED][i % HEAD_SIZE_PADDED] = __half();
-    if (sinks != nullptr && threadIdx.x < group) own_sinks[threadIdx.x] = sinks[kv_head * group + threadIdx.x] * LOG2_E;
+    if (sinks != nullptr && threadIdx.x < GROUP) own_sinks[threadIdx.x] = sinks[kv_head * GROUP + threadIdx.x] * LOG2_E;
     float2 turns[K_BLOCKS];
 #pragma unroll
     for (int k = 0; k < K_BLOCKS; k++) {
@@ -130,24 +147,26 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
 
     // Queries, and the new key and value, turned and rounded to half. All are asked for before the first is used.
     const bool has_last = begin <= last_chunk && last_chunk < end;
-    const int num_sources = has_last ? group + 2 : group;
+    const int num_sources = has_last ? GROUP + 2 : GROUP;
     const float* source = qkv + static_cast<size_t>(row) * (num_heads + 2 * num_kv_heads) * HEAD_SIZE;
     float own[SHARES][K_BLOCKS], other[SHARES][K_BLOCKS];
 #pragma unroll
     for (int share = 0; share < SHARES; share++) {
         const int head = share * NUM_WARPS + warp;
-        const int index = head < group ? kv_head * group + head : num_heads + (head - group) * num_kv_heads + kv_head;
+        const int index = head < GROUP ? kv_head * GROUP + head : num_heads + (head - GROUP) * num_kv_heads + kv_head;
 #pragma unroll
         for (int k = 0; k < K_BLOCKS; k++) {
             const int d = k * 32 + lane;
             const bool is_there = head < num_sources && d < HEAD_SIZE;
             own[share][k] = is_there ? source[index * HEAD_SIZE + d] : 0.0f;
-            if (is_there && angles != nullptr && head <= group)
+            if (is_there && angles != nullptr && head <= GROUP)
                 other[share][k] = d < HALF_HEAD ? -source[index * HEAD_SIZE + d + HALF_HEAD] : source[index * HEAD_SIZE + d - HALF_HEAD];
             else
                 other[share][k] = 0.0f;
         }
     }
+    const int block = block_of(place), offset = place - block * block_size;
+    const size_t head_place = (static_cast<size_t>(block) * num_kv_heads + kv_head) * head_size;
 #pragma unroll
     for (int share = 0; share < SHARES; share++) {
         const int head = share * NUM_WARPS + warp;
@@ -156,23 +175,21 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         for (int k = 0; k < K_BLOCKS; k++) {
             const int d = k * 32 + lane;
             float value = own[share][k];
-            if (head <= group) value = value * turns[k].x + other[share][k] * turns[k].y;
-            if (head < group) {
+            if (head <= GROUP) value = value * turns[k].x + other[share][k] * turns[k].y;
+            if (head < GROUP) {
                 queries[head][d] = to_half(value * scale);
                 continue;
             }
-            const bool is_value = head > group;
+            const bool is_value = head > GROUP;
             (is_value ? new_value : new_key)[d] = to_half(value);
-            const size_t head_place = (static_cast<size_t>(place / block_size) * num_kv_heads + kv_head) * head_size;
-            const int offset = place % block_size;
             if (d < HEAD_SIZE && is_value) values[head_place + d * block_size + offset] = to_half(value);
             if (d < HEAD_SIZE && !is_value) keys[head_place + offset * HEAD_SIZE_PADDED + d] = to_half(value);
         }
     }
     __syncthreads();
-    uint32_t a[K_BLOCKS][8];
+    uint32_t a[K_BLOCKS][8] = {};
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < HALVES; half++)
 #pragma unroll
         for (int k = 0; k < K_BLOCKS; k++) {
             const uint4 query = *reinterpret_cast<const uint4*>(&queries[g + 8 * half][k * 32 + t * 8]);
@@ -180,15 +197,15 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             a[k][4 * half + 2] = query.z, a[k][4 * half + 3] = query.w;
         }
 
-    float maximum[2] = {NOTHING, NOTHING}, sum[2] = {0.0f, 0.0f}, sums[V_TILES][4] = {};
+    float maximum[HALVES], sum[HALVES] = {}, sums[V_TILES][4] = {};
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) maximum[half] = NOTHING;
     int stage = 0;
     for (int chunk = begin + warp; chunk < end; chunk += NUM_WARPS) {
         await_copies<STAGES - 1>();
+        __syncwarp();  // every lane's copies are done
         Chunk& own = memory.chunks[warp][stage];
-        if (chunk == last_chunk) {
-            __syncwarp();  // every lane's copies are done: it is the last chunk of all
-            patch(own, new_key, new_value, position % CHUNK, lane);
-        }
+        if (chunk == last_chunk) patch(own, new_key, new_value, position % CHUNK, lane);
         float scores[4][4] = {};
 #pragma unroll
         for (int tile = 0; tile < 4; tile++)
@@ -204,14 +221,14 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
 #pragma unroll
             for (int tile = 0; tile < 4; tile++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < 2 * HALVES; i++) {
                     const int seen = start + 8 * t + 2 * tile + i % 2;
                     if (seen > position || seen < first) scores[tile][i] = -INFINITY;
                 }
         }
-        uint32_t weights[4][2];
+        uint32_t weights[4][2] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < HALVES; half++) {
             float highest = maximum[half];
 #pragma unroll
             for (int tile = 0; tile < 4; tile++)
@@ -237,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             multiply_add(sums[v], weights[2][0], weights[2][1], weights[3][0], weights[3][1], b.z, b.w);
         }
         const int next = chunk + STAGES * NUM_WARPS;
+        __syncwarp();  // every lane has read
         if (next < end) copy(next, stage);
         end_copies();
         stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -246,12 +264,12 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     await_copies<0>();
     __syncthreads();
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < HALVES; half++) {
         const int own_row = g + 8 * half;
         float total = sum[half];
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
-        if (own_row >= group) continue;
+        if (own_row >= GROUP) continue;
         if (t == 0) memory.merged.maxima[warp][own_row] = maximum[half], memory.merged.sums[warp][own_row] = total;
 #pragma unroll
         for (int v = 0; v < V_TILES; v++)
@@ -259,105 +277,125 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             for (int i = 0; i < 2; i++) memory.merged.values[warp][own_row][v * 8 + 2 * t + i] = sums[v][2 * half + i];
     }
     __syncthreads();
+    // What a head's values are multiplied by at last: over the sum of all weights, the sink's among them.
+    auto final_factor = [&](int head, float highest, float total) {
+        if (sinks == nullptr) return 1.0f / total;
+        const float sink = own_sinks[head], both = fmaxf(highest, sink), factor = exp2f(highest - both);
+        return factor / (total * factor + exp2f(sink - both));
+    };
+    auto write = [&](int head, int d, float value) {
+        if (d >= HEAD_SIZE) return;
+        const int column = (kv_head * GROUP + head) * HEAD_SIZE + d;
+        out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] = to_half(place < 0 ? 0.0f : value);
+    };
     constexpr int WIDTH = HEAD_SIZE_PADDED + 2;
     const size_t index = static_cast<size_t>(row) * num_kv_heads + kv_head;
-    float* parts = partials + index * gridDim.z * group * WIDTH;
-    auto finish = [&](int head, int d, float value, float highest, float total) {
-        float factor = 1.0f;
-        if (sinks != nullptr) {
-            const float sink = own_sinks[head], both = fmaxf(highest, sink);
-            factor = exp2f(highest - both);
-            total = total * factor + exp2f(sink - both);
+    float* parts = partials + index * gridDim.z * GROUP * WIDTH;
+    Merged& merged = memory.merged;
+    if (warp * 32 < GROUP * NUM_WARPS) {  // four lanes a head, one for each warp's share
+        const int head = threadIdx.x / NUM_WARPS, share = threadIdx.x % NUM_WARPS;
+        const bool is_there = head < GROUP;
+        const float own_maximum = is_there ? merged.maxima[share][head] : NOTHING;
+        float highest = own_maximum, total = is_there ? merged.sums[share][head] : 0.0f;
+#pragma unroll
+        for (int distance = 1; distance < NUM_WARPS; distance *= 2)
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
+        float factor = exp2f(own_maximum - highest);
+        total *= factor;
+#pragma unroll
+        for (int distance = 1; distance < NUM_WARPS; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+        if (is_there && num_splits == 1) factor *= final_factor(head, highest, total);
+        if (is_there) merged.factors[share][head] = factor;
+        if (is_there && num_splits > 1 && share == 0) {
+            float* ends = parts + (blockIdx.z * GROUP + head) * WIDTH + HEAD_SIZE_PADDED;
+            ends[0] = highest, ends[1] = total;
         }
-        if (d >= HEAD_SIZE) return;
-        const int column = (kv_head * group + head) * HEAD_SIZE + d;
-        out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] =
-            to_half(place < 0 ? 0.0f : value * factor / total);
-    };
-    for (int i = threadIdx.x; i < group * HEAD_SIZE_PADDED; i += NUM_THREADS) {
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < NUM_VALUES; i += NUM_THREADS) {
         const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
-        const Merged& merged = memory.merged;
-        float highest = merged.maxima[0][head], total = 0.0f, value = 0.0f;
+        float value = 0.0f;
 #pragma unroll
-        for (int other = 1; other < NUM_WARPS; other++) highest = fmaxf(highest, merged.maxima[other][head]);
-#pragma unroll
-        for (int other = 0; other < NUM_WARPS; other++) {
-            const float factor = exp2f(merged.maxima[other][head] - highest);
-            total += merged.sums[other][head] * factor;
-            value += merged.values[other][head][d] * factor;
-        }
-        if (num_splits == 1) {
-            finish(head, d, value, highest, total);
-        } else {
-            float* own = parts + (blockIdx.z * group + head) * WIDTH;
-            own[d] = value;
-            if (d == 0) own[HEAD_SIZE_PADDED] = highest, own[HEAD_SIZE_PADDED + 1] = total;
-        }
+        for (int share = 0; share < NUM_WARPS; share++) value += merged.values[share][head][d] * merged.factors[share][head];
+        if (num_splits == 1)
+            write(head, d, value);
+        else
+            parts[(blockIdx.z * GROUP + head) * WIDTH + d] = value;
     }
     if (num_splits == 1) return;
 
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();  // what the block wrote is seen before its count
         is_last = atomicAdd(&counters[index], 1u) == static_cast<unsigned>(num_splits) - 1;
         if (is_last) counters[index] = 0;
+        __threadfence();  // and what the others wrote is seen from here on
     }
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
-    // Each split's factor under the maximum of all, in the memory that merging no longer needs.
     // Values of the first splits are asked for together with what makes their factors: one trip to the second cache.
-    auto load_first = [&](int i, float (&first)[EARLY_SPLITS]) {
-        const float* own = parts + i / HEAD_SIZE_PADDED * WIDTH + i % HEAD_SIZE_PADDED;
+    float batch[ROUNDS][BATCH_SPLITS];
+    auto load = [&](int first_value, int first_split) {
 #pragma unroll
-        for (int split = 0; split < EARLY_SPLITS; split++)
-            first[split] = i < group * HEAD_SIZE_PADDED && split < num_splits ? __ldcg(&own[split * group * WIDTH]) : 0.0f;
+        for (int round = 0; round < ROUNDS; round++) {
+            const int i = first_value + round * NUM_THREADS + threadIdx.x;
+            const float* own = parts + (first_split * GROUP + i / HEAD_SIZE_PADDED) * WIDTH + i % HEAD_SIZE_PADDED;
+#pragma unroll
+            for (int j = 0; j < BATCH_SPLITS; j++)
+                batch[round][j] = i < NUM_VALUES && first_split + j < num_splits ? __ldcg(&own[j * GROUP * WIDTH]) : 0.0f;
+        }
     };
-    float early[EARLY_ROUNDS][EARLY_SPLITS];
+    float2 ends[HEADS][MAX_SPLITS / 32];  // maximum and sum of the lane's splits
 #pragma unroll
-    for (int round = 0; round < EARLY_ROUNDS; round++) load_first(round * NUM_THREADS + threadIdx.x, early[round]);
-    // Each split's factor under the maximum of all, in the memory that merging no longer needs.
-    float* factors = reinterpret_cast<float*>(&memory);  // (G, splits)
-    float* totals = factors + MAX_GROUP * MAX_SPLITS;    // (G, 2): maximum, sum
-    for (int head = warp; head < group; head += NUM_WARPS) {
-        float2 own[MAX_SPLITS / 32];
-        float highest = NOTHING, total = 0.0f;
+    for (int j = 0; j < HEADS; j++)
 #pragma unroll
         for (int i = 0; i < MAX_SPLITS / 32; i++) {
-            const int split = i * 32 + lane;
-            const float2* ends = reinterpret_cast<const float2*>(&parts[(split * group + head) * WIDTH + HEAD_SIZE_PADDED]);
-            own[i] = split < num_splits ? __ldcg(ends) : make_float2(NOTHING, 0.0f);
+            const int split = i * 32 + lane, head = j * NUM_WARPS + warp;
+            const float* own = &parts[(split * GROUP + head) * WIDTH + HEAD_SIZE_PADDED];
+            ends[j][i] = split < num_splits && head < GROUP ? __ldcg(reinterpret_cast<const float2*>(own)) : make_float2(NOTHING, 0.0f);
         }
+    load(0, 0);
+    // Each split's factor under the maximum of all, in the memory that merging no longer needs.
+    float* factors = reinterpret_cast<float*>(&memory);  // (G, splits)
 #pragma unroll
-        for (int i = 0; i < MAX_SPLITS / 32; i++) highest = fmaxf(highest, own[i].x);
+    for (int j = 0; j < HEADS; j++) {
+        const int head = j * NUM_WARPS + warp;
+        float highest = NOTHING, total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < MAX_SPLITS / 32; i++) highest = fmaxf(highest, ends[j][i].x);
+#pragma unroll
         for (int distance = 16; distance > 0; distance /= 2)
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
 #pragma unroll
         for (int i = 0; i < MAX_SPLITS / 32; i++) {
-            const float factor = exp2f(own[i].x - highest);
-            factors[head * MAX_SPLITS + i * 32 + lane] = factor;
-            total += own[i].y * factor;
+            ends[j][i].x = exp2f(ends[j][i].x - highest);
+            total += ends[j][i].y * ends[j][i].x;
         }
         total = warp_sum(total);
-        if (lane == 0) totals[2 * head] = highest, totals[2 * head + 1] = total;
+        if (head >= GROUP) break;
+        const float factor = final_factor(head, highest, total);
+#pragma unroll
+        for (int i = 0; i < MAX_SPLITS / 32; i++) factors[head * MAX_SPLITS + i * 32 + lane] = ends[j][i].x * factor;
     }
     __syncthreads();
-    auto merge = [&](int i, const float (&first)[EARLY_SPLITS]) {
-        if (i >= group * HEAD_SIZE_PADDED) return;
-        const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
-        float value = 0.0f;
+#pragma unroll 1
+    for (int first_value = 0; first_value < NUM_VALUES; first_value += ROUNDS * NUM_THREADS) {
+        float merged_values[ROUNDS] = {};
+#pragma unroll 1
+        for (int first_split = 0; first_split < num_splits; first_split += BATCH_SPLITS) {
+            if (first_value + first_split > 0) load(first_value, first_split);
 #pragma unroll
-        for (int split = 0; split < EARLY_SPLITS; split++)
-            if (split < num_splits) value += first[split] * factors[head * MAX_SPLITS + split];
-#pragma unroll 8
-        for (int split = EARLY_SPLITS; split < num_splits; split++)
-            value += __ldcg(&parts[(split * group + head) * WIDTH + d]) * factors[head * MAX_SPLITS + split];
-        finish(head, d, value, totals[2 * head], totals[2 * head + 1]);
-    };
+            for (int round = 0; round < ROUNDS; round++) {
+                const int head = min((first_value + round * NUM_THREADS + static_cast<int>(threadIdx.x)) / HEAD_SIZE_PADDED, GROUP - 1);
 #pragma unroll
-    for (int round = 0; round < EARLY_ROUNDS; round++) merge(round * NUM_THREADS + threadIdx.x, early[round]);
-    for (int i = EARLY_ROUNDS * NUM_THREADS + threadIdx.x; i < group * HEAD_SIZE_PADDED; i += NUM_THREADS) {
-        load_first(i, early[0]);
-        merge(i, early[0]);
+                for (int j = 0; j < BATCH_SPLITS; j++)
+                    merged_values[round] += batch[round][j] * factors[head * MAX_SPLITS + first_split + j];
+            }
+        }
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const int i = first_value + round * NUM_THREADS + threadIdx.x;
+            if (i < NUM_VALUES) write(i / HEAD_SIZE_PADDED, i % HEAD_SIZE_PADDED, merged_values[round]);
+        }
     }
 }
