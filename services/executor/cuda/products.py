@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FEW_ROWS = 8  # most that product.cu and normed_route take at once
 SMALL_ROWS = 8 * PRODUCT_TILES[-1]  # most that product_rows.cu takes at once
 HOPPER_SMALL_ROWS = 16  # the same of a dense matrix on Hopper, where others are better with more
+NORMED_ROWS = 4  # most that product.cu puts through RMSNorm itself, in each of its blocks
 MANY_ROWS = 64  # past them norms and storing keys have kernels of their own
 MAX_NORM = 8192  # values of a row that norm_many.cu takes
 HOPPER_GROUPED_ROWS = 4  # in steps of up to so many rows experts take product.cu on Hopper, else product_wgmma.cu
@@ -184,6 +185,7 @@ class Products:
             self._run_one(f"one_{epilogue.name.lower()}", family, (blocks, 1), planes, x, out, (*sizes, strips))
             return
         if x.num_rows <= FEW_ROWS and not is_spread and self._takes_few(family, x.num_rows, matrix):
+            x = x if x.num_rows <= NORMED_ROWS else self.halves(x)
             self._run_few(family, (blocks, 1), planes, x, out, (x.num_rows, *sizes, epilogue, strips), (0, 0, False))
             return
         x = self.halves(x, x.num_rows > HOPPER_SMALL_ROWS)
