@@ -152,7 +152,8 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
     for (int slot = 0; slot < DEPTH * GROUP_BYTES; slot += GROUP_BYTES) copy_group(slot);
     if (lane == 0) later_strips[warp] = -1;
 
-    // What the last step of all adds is on its way meanwhile: to shared memory or, where it is much, to the second cache.
+    // What the last step of all adds is asked for after x, which would come behind it: to shared memory or, where it is
+    // much, to the second cache.
     const bool are_held = (end - begin) * num_parts <= HELD_STRIPS;
     auto bias_of = [&](int own_strip, int part, int output) {  // of a strip's 16
         const int own = IS_SUMMED ? experts[part] : expert;
@@ -162,8 +163,8 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
     auto is_output = [&](int own_strip, int output) {
         return (begin + own_strip) * (EPILOGUE == SWIGLU ? 8 : 16) + (EPILOGUE == SWIGLU ? output % 8 : output) < out.num_outputs;
     };
-    if (out.bias != nullptr) {
-        for (int i = threadIdx.x; i < (end - begin) * num_parts * 16; i += NUM_THREADS) {
+    auto hold_added = [&]() {
+        for (int i = threadIdx.x; out.bias != nullptr && i < (end - begin) * num_parts * 16; i += NUM_THREADS) {
             const int own_strip = i / 16 / num_parts, part = i / 16 % num_parts;
             if (!is_output(own_strip, i % 16)) continue;
             if (are_held)
@@ -171,13 +172,9 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
             else if (i % 8 == 0)
                 prefetch(bias_of(own_strip, part, i % 16));
         }
-    }
-    auto hold_residuals = [&]() {
-        if constexpr (EPILOGUE == RESIDUAL) {
-            if (!are_held) return;
-            for (int i = threadIdx.x; i < (end - begin) * 16; i += NUM_THREADS)
+        if constexpr (EPILOGUE == RESIDUAL)
+            for (int i = threadIdx.x; are_held && i < (end - begin) * 16; i += NUM_THREADS)
                 if (is_output(i / 16, i % 16)) copy_async<4>(&residuals[i], static_cast<const float*>(out.values) + begin * 16 + i);
-        }
     };
     if (norm_weight != nullptr) {
         float values[HELD], factors[HELD], square = 0.0f;
@@ -188,13 +185,13 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
         }
         await_inputs();
         start_dependents();
-        hold_residuals();
         const float* source = static_cast<const float*>(x);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             const int own = threadIdx.x + i * NUM_THREADS;
             values[i] = own < x_width ? source[own] : 0.0f;
         }
+        hold_added();
 #pragma unroll
         for (int i = 0; i < HELD; i++) square += values[i] * values[i];
         for (int own = threadIdx.x + HELD * NUM_THREADS; own < x_width; own += NUM_THREADS) square += source[own] * source[own];
@@ -218,7 +215,7 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
             start_dependents();
             load_x(threadIdx.x);
         }
-        hold_residuals();
+        hold_added();
         for (int first_chunk = threadIdx.x; first_chunk < num_chunks; first_chunk += CHUNKS_HELD * NUM_THREADS) {
             if (first_chunk != threadIdx.x) load_x(first_chunk);
 #pragma unroll
