@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.cuda.kernels import SOURCES, modules_of
+from services.executor.cuda.products import STATIC_BYTES
 from services.loader.cuda import kernels as loader_kernels
 from shared.cuda_compile import ARCHITECTURES, Compiler, Module, find_nvcc, nvcc_arguments
 from shared.cuda_layout import Family
@@ -20,8 +21,14 @@ NVCC, NVDISASM = find_nvcc(), find_nvdisasm()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: install a CUDA toolkit to compile the kernels")
 
 
+LARGE_HEADS = [
+    Module("attention_decode", (("HEAD_SIZE", size), ("HEAD_SIZE_PADDED", size), ("GROUP", group)))
+    for size, group in ((64, 8), (128, 16))  # gpt-oss-20b's, and the most
+]
+
+
 def all_modules():
-    return [*(modules_of(WIDE_GPT_OSS, Family) | modules_of(TINY_GPT2, [])), Module("read")]
+    return [*(modules_of(WIDE_GPT_OSS, Family) | modules_of(TINY_GPT2, [])), *LARGE_HEADS, Module("read")]
 
 
 @needs_nvcc
@@ -37,6 +44,8 @@ def test_all_kernels_compile_without_spills(tmp_path, target, sources):
         assert result.returncode == 0, result.stderr
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", result.stderr)]
         assert spilled, "ptxas reported nothing"
+        if module.source in ("product", "product_one", "product_rows"):
+            assert max(int(size) for size in re.findall(r"(\d+) bytes smem", result.stderr)) <= STATIC_BYTES, module
         return max(spilled) > 0
 
     modules = all_modules() if sources == SOURCES else loader_kernels.MODULES

@@ -133,6 +133,34 @@ def test_products(device, type, outputs, inputs, num_rows, is_spread):
         assert np.abs(twice[:num_rows, :outputs] - 2 * expected).max() <= 0.01 * np.abs(2 * expected).max()
 
 
+@pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize("outputs", [2000, 60_001], ids=["few strips a block", "many"])
+def test_what_one_rows_product_adds_comes_from_memory_in_time(device, outputs, type):
+    """Biases and residuals that no cache has, new ones each time, under a product that takes next to no time."""
+    from services.executor.cuda.arrays import Epilogue
+    from services.executor.cuda.weights import Vector
+
+    random = np.random.default_rng(outputs)
+    weights, held = make_weights(
+        device, [[("w.weight", random.standard_normal((outputs, 64)).astype(np.float32), type)]]
+    )
+    matrix = held["w.weight"].astype(np.float64)
+    load(device, TINY_GPT2, [FAMILIES[type]])
+    ops = make_ops(device, TINY_GPT2)
+    x, exact = halves(device, random.standard_normal((1, 64)))
+    expected, bound = exact @ matrix.T, product_bound(exact, matrix, type)
+    caches = device.allocate(256 << 20)
+    bias, out = device.allocate(4 * outputs), device.allocate(4 * outputs)
+    for _ in range(20):
+        biases, residuals = random.standard_normal((2, outputs)).astype(np.float32)
+        device.upload(bias, biases)
+        device.upload(out, residuals)
+        device.clear(caches, 256 << 20)
+        ops.run(ops.linear(x, weights.matrix("w.weight"), Vector((bias,), (outputs,))), out, outputs, Epilogue.RESIDUAL)
+        found = download(device, out, (1, outputs), np.float32)
+        assert_within(found, expected + biases + residuals, bound + 1e-6 * np.abs(expected))
+
+
 @pytest.mark.parametrize(("num_rows", "is_spread"), [(2, False), (70, False), (70, True)])
 @pytest.mark.parametrize("extreme", [30, 64, 127, 200])
 def test_mxfp4_scales_of_any_size(device, extreme, num_rows, is_spread):
@@ -226,6 +254,7 @@ def assert_halves(device, normed, expected, slack=0.0):
 ATTENTION = {
     "grouped": TINY_GPT_OSS,
     "gpt-oss": replace(TINY_GPT_OSS, num_heads=64, num_kv_heads=8, head_size=64, sliding_window=128),
+    "twelve to a head": replace(TINY_GPT_OSS, num_heads=12, num_kv_heads=1, head_size=32),
     "heads of 96": replace(TINY_GPT_OSS, num_heads=6, num_kv_heads=3, head_size=96),
     "heads of 128": replace(TINY_GPT_OSS, num_heads=16, num_kv_heads=1, head_size=128, sliding_window=33),
     "not grouped": replace(TINY_GPT2, hidden_size=90),
@@ -446,7 +475,28 @@ def test_experts(device, num_rows, kind, type):
     assert (found[num_rows:] == residual[num_rows:]).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 8])
+@pytest.mark.parametrize("num_experts", [5, 40, 1000])
+def test_experts_are_chosen_in_order_whatever_their_logits(device, num_experts):
+    """Equal ones by their number, both zeros alike, infinities first and last, what is no number after them."""
+    random = np.random.default_rng(num_experts)
+    logits = random.integers(-3, 4, (67, num_experts)).astype(np.float32)
+    logits[random.random(logits.shape) < 0.2] = -0.0
+    for row, value in enumerate((np.inf, -np.inf, np.nan, -np.nan)):
+        logits[row::5][random.random(logits[row::5].shape) < 0.7] = value
+    logits[4::5] *= np.float32(1e-40)
+    load(device, TINY_GPT_OSS, [])
+    ids, weights = device.allocate(4 * 67 * 4), device.allocate(4 * 67 * 4)
+    device.launch("choose_experts", (17, 1, 1), 128, upload(device, logits), ids, weights, 67, num_experts, 4)
+    found = download(device, ids, (67, 4), np.int32)
+    expected = np.argsort(np.where(np.isnan(logits), np.inf, -logits), axis=1, kind="stable")
+    is_number = ~np.isnan(np.take_along_axis(logits, expected[:, :4], axis=1))
+    assert (found == expected[:, :4])[is_number].all()
+    assert is_number.mean() > 0.6
+    assert ((found >= 0) & (found < num_experts)).all()
+    assert all(len(set(row)) == 4 for row in found.tolist())
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 8])
 @pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.BF16], ids=lambda t: t.name)
 def test_products_of_rows_that_they_normalise(device, num_rows, type):
     from services.executor.cuda.arrays import Epilogue

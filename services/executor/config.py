@@ -32,7 +32,6 @@ class ExecutorConfig:
     model: str = ""  # name, alias or digest; empty: the only one that the loader has
     executor_id: str = ""  # empty: host name and process id
     device: str = "cpu"
-    num_threads: int = 1
     max_context: int | None = None  # None: the model's own
     kv_memory_bytes: int = 2**30
     block_size: int = 32
@@ -45,7 +44,7 @@ class ExecutorConfig:
 
     def __post_init__(self) -> None:
         device_index(self.device)
-        for name in ("num_threads", "kv_memory_bytes", "block_size", "max_batch_tokens", "max_running"):
+        for name in ("kv_memory_bytes", "block_size", "max_batch_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_context is not None and self.max_context < 1:

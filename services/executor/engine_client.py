@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 
 from services.executor.engine import EngineStatus
 from services.executor.engine_config import EngineConfig
-from services.executor.engine_spawn import EngineProcess
+from services.executor.engine_spawn import DESCRIPTOR_SECONDS, EngineProcess
 from services.executor.messages import (
-    Answer,
     AskStatus,
     Broken,
     Cancel,
@@ -32,7 +31,6 @@ from shared.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-DESCRIPTOR_SECONDS = 10.0
 STATUS_SECONDS = 1.0  # what a scrape of metrics waits for the step that runs
 
 
@@ -41,17 +39,22 @@ def engine_gone() -> ServiceError:
     return ServiceError(Reason.EXECUTOR_UNAVAILABLE, "the executor's engine process has ended")
 
 
+def _ended_early() -> ServiceError:
+    return ServiceError(Reason.INTERNAL, "the engine process ended while it was starting")
+
+
 class EngineClient:
     """Talks with the engine process; one task reads its answers in order.
 
-    `on_events` is called once for each step, on the event loop; `gone` is set when the process has ended.
+    `on_events` is called once for each step, on the event loop; `gone` is set when the process has ended, once it was
+    prepared.
     """
 
     def __init__(self, process: EngineProcess, on_events: Callable[[Sequence[Event]], None]) -> None:
         self.gone = asyncio.Event()
         self._on_events = on_events
         self._process = process
-        self._reader: asyncio.StreamReader | None = None
+        self._started: asyncio.Future[Ready | Broken | None] | None = None  # None in it: the process has ended
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
@@ -68,9 +71,16 @@ class EngineClient:
         Raises:
             ServiceError: when it can't use the device, with what it said.
         """
-        self._reader, self._writer = await asyncio.open_connection(sock=self._process.messages)
-        answer = await self._first_answer(self._reader)
+        reader, self._writer = await asyncio.open_connection(sock=self._process.messages)
+        try:
+            answer = await read_answer(reader)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise _ended_early() from error
+        if isinstance(answer, Broken):
+            raise answer.error
         assert isinstance(answer, Prepared)
+        self._started = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read(reader, self._started))
 
     async def start(self, manifest: Manifest, descriptors: Sequence[int], engine: EngineConfig) -> None:
         """Have the prepared process map a model, and wait until it runs.
@@ -81,15 +91,17 @@ class EngineClient:
         Raises:
             ServiceError: when the engine can't start, with what it said.
         """
-        assert self._reader is not None
+        assert self._started is not None
         sizes = [allocation.num_bytes for allocation in manifest.allocations]
         self._send(Setup(manifest, engine))
-        with contextlib.suppress(ConnectionError):  # the process has ended, as the missing answer tells
+        with contextlib.suppress(OSError):  # the process tells what it lacks, or has ended
             await asyncio.to_thread(send_descriptors, self._process.descriptors, descriptors, sizes, DESCRIPTOR_SECONDS)
-        answer = await self._first_answer(self._reader)
-        assert isinstance(answer, Ready)
+        answer = await self._started
+        if answer is None:
+            raise _ended_early()
+        if isinstance(answer, Broken):
+            raise answer.error
         self._last_status = answer.status
-        self._reading = asyncio.create_task(self._read(self._reader))
 
     def submit(self, request: Request) -> None:
         """Hand a request to the engine; whatever comes of it comes as events."""
@@ -131,29 +143,24 @@ class EngineClient:
             raise engine_gone()
         self._writer.write(pack(command))
 
-    async def _first_answer(self, reader: asyncio.StreamReader) -> Answer:
-        try:
-            answer = await read_answer(reader)
-        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
-            raise ServiceError(Reason.INTERNAL, "the engine process ended while it was starting") from error
-        if isinstance(answer, Broken):
-            raise answer.error
-        return answer
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, started: asyncio.Future[Ready | Broken | None]) -> None:
         try:
             while True:
                 answer = await read_answer(reader)
                 if isinstance(answer, Events):
                     self._on_events(answer.events)
+                elif isinstance(answer, Ready | Broken):
+                    started.set_result(answer)
                 elif isinstance(answer, StatusAnswer):
                     waiter = self._status_waiters.pop(0)
                     if not waiter.done():  # its caller may have gone
                         waiter.set_result(answer.status)
-        except (asyncio.IncompleteReadError, ConnectionResetError):
+        except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self.gone.set()
+            if not started.done():
+                started.set_result(None)
             for waiter in self._status_waiters:
                 if not waiter.done():
                     waiter.set_exception(engine_gone())

@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 
 from services.executor.backend import make_backend
 from services.executor.engine import Engine
+from services.executor.engine_spawn import DESCRIPTOR_SECONDS
 from services.executor.messages import (
     AskStatus,
     Broken,
@@ -36,8 +36,6 @@ from shared.logs import set_up_logs
 
 log = logging.getLogger(__name__)
 
-DESCRIPTOR_SECONDS = 10.0  # from the first message to the last descriptor
-
 
 def main(messages: int, descriptors: int, device: str) -> None:
     """Run the engine until the other ends of its two sockets are closed.
@@ -47,7 +45,6 @@ def main(messages: int, descriptors: int, device: str) -> None:
         descriptors: of the one over which the weights' descriptors come.
         device: "cpu" or "cuda:N".
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
     connection = EngineSocket(socket.socket(fileno=messages))
     try:
         engine = _start(connection, socket.socket(fileno=descriptors), device)
@@ -67,9 +64,7 @@ def _start(connection: EngineSocket, weights: socket.socket, device: str) -> Eng
         connection.send(Prepared())
         setup = connection.receive()
         assert isinstance(setup, Setup)
-        sizes = [allocation.num_bytes for allocation in setup.manifest.allocations]
-        with weights:
-            descriptors = receive_descriptors(weights, sizes, DESCRIPTOR_SECONDS)
+        descriptors = _receive(weights, setup)
         try:
             runner = backend(setup.manifest, descriptors, setup.engine)
         finally:
@@ -84,6 +79,15 @@ def _start(connection: EngineSocket, weights: socket.socket, device: str) -> Eng
     gc.freeze()  # what lives as long as the process need not be walked again and again
     connection.send(Ready(engine.status()))
     return engine
+
+
+def _receive(weights: socket.socket, setup: Setup) -> tuple[int, ...]:
+    sizes = [allocation.num_bytes for allocation in setup.manifest.allocations]
+    try:
+        with weights:
+            return receive_descriptors(weights, sizes, DESCRIPTOR_SECONDS)
+    except OSError as error:
+        raise ServiceError(Reason.INTERNAL, f"the weights' descriptors did not come: {error}") from error
 
 
 def _run(connection: EngineSocket, engine: Engine) -> None:

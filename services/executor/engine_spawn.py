@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from services.executor.blas import blas_environment
 
 END_SECONDS = 5.0
+DESCRIPTOR_SECONDS = 10.0  # from the first descriptor of the weights to the last
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class EngineProcess:
 
 
 @contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """For a process that is started within for good: Ctrl-C reaches the whole group, but the server decides its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def start_engine(device: str, num_threads: int, log_level: str, log_format: str) -> Iterator[EngineProcess]:
     """An engine's process, which `services.executor.engine_client` talks with; it ends with this context at the latest.
 
@@ -49,7 +61,7 @@ def start_engine(device: str, num_threads: int, log_level: str, log_format: str)
     """
     messages, their_messages = socket.socketpair()
     descriptors, their_descriptors = socket.socketpair()
-    with their_messages, their_descriptors:
+    with their_messages, their_descriptors, _interrupts_blocked():
         inherited = (their_messages.fileno(), their_descriptors.fileno())
         process = subprocess.Popen(
             [

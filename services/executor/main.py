@@ -5,6 +5,7 @@ Its options need few imports. All that is to serve is imported once the engine's
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -16,6 +17,8 @@ from shared.devices import device_index
 from shared.telemetry_config import telemetry_config, telemetry_options
 
 DEFAULT_PORT = 50051
+COUNT = click.IntRange(1)
+SECONDS = click.FloatRange(0, math.inf, min_open=True, max_open=True)
 
 
 @click.command()
@@ -26,14 +29,16 @@ DEFAULT_PORT = 50051
 @click.option("--model", default="", help="Name, alias or digest of the model; the loader's only one by default.")
 @click.option("--executor-id", default="", help="Id in Started and in leases; host and process by default.")
 @click.option("--device", default="cpu", show_default=True, help="Device to run on: cpu, or cuda:N.")
-@click.option("--threads", "num_threads", type=int, default=default_num_threads, show_default="half the cores")
-@click.option("--max-context", type=int, default=None, help="Tokens of prompt and output; the model's own by default.")
-@click.option("--kv-memory-mib", type=int, show_default="1024; on a GPU 4096", help="Memory for KV blocks, at most.")
-@click.option("--max-batch-tokens", type=int, show_default="256; on a GPU 2048", help="Tokens of a step.")
-@click.option("--max-running", type=int, default=64, show_default=True, help="Sequences in a step.")
-@click.option("--max-waiting", type=int, default=512, show_default=True, help="Sequences that may wait.")
-@click.option("--step-seconds", type=float, show_default="600; on a GPU 60", help="Longer steps count as hung.")
-@click.option("--write-stall-seconds", type=float, default=60.0, show_default=True, help="Patience with slow readers.")
+@click.option("--threads", "num_threads", type=COUNT, default=default_num_threads, show_default="half the cores")
+@click.option("--max-context", type=COUNT, help="Tokens of prompt and output; the model's own by default.")
+@click.option("--kv-memory-mib", type=COUNT, show_default="1024; on a GPU 4096", help="Memory for KV blocks, at most.")
+@click.option("--max-batch-tokens", type=COUNT, show_default="256; on a GPU 2048", help="Tokens of a step.")
+@click.option("--max-running", type=COUNT, default=64, show_default=True, help="Sequences in a step.")
+@click.option("--max-waiting", type=click.IntRange(0), default=512, show_default=True, help="Sequences that may wait.")
+@click.option("--step-seconds", type=SECONDS, show_default="600; on a GPU 60", help="Longer steps count as hung.")
+@click.option(
+    "--write-stall-seconds", type=SECONDS, default=60.0, show_default=True, help="Patience with slow readers."
+)
 @telemetry_options
 def main(**options: Any) -> None:
     """Serve Generate for one model, from weights that a loader shares."""
@@ -52,7 +57,9 @@ def main(**options: Any) -> None:
         options["step_seconds"] = 60.0 if on_gpu else 600.0
     if options["max_batch_tokens"] is None:
         options["max_batch_tokens"] = 2048 if on_gpu else 256
-    with start_engine(options["device"], options["num_threads"], telemetry.log_level, telemetry.log_format) as engine:
+    with start_engine(
+        options["device"], options.pop("num_threads"), telemetry.log_level, telemetry.log_format
+    ) as engine:
         from services.executor.config import ExecutorConfig
         from services.executor.executor import serve
 

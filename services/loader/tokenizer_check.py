@@ -61,9 +61,9 @@ class TokenizerChecks:
 
     def close(self) -> None:
         """End the process that waits."""
+        self._keeps_ready = False
         for process in self._waiting:
             _end(process)
-        self._keeps_ready = False
         self._waiting.clear()
 
 

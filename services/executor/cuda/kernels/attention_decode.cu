@@ -4,13 +4,13 @@
 // A block takes one row, one key head and one split of the positions, 32 positions at a time (a chunk) for each of its
 // 4 warps. Rows of the tensor cores' operand are the G query heads that share the key head, 16 of them at most. A
 // warp's keys and values come through shared memory of its own, those of the first chunks before the kernel before this
-// one ends: all but the last position was written by earlier steps. The last position's key and
-// value are put over what was copied of them, and into their block.
-// Splits leave (maximum, sum, values) behind; the last one to finish merges them in order, so the result does not depend
-// on which it is. The sink joins once, at the end. Exponentials are of base 2: queries are scaled by log2(e)/sqrt(D),
-// sinks are scaled here.
-// Launch: grid (K, rows, splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in ops.py reckons;
-// -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32), GROUP (G).
+// one ends: all but the last position was written by earlier steps. The last position's key and value are put over what
+// was copied of them, and into their block.
+// Splits leave (maximum, sum, values) behind; the last one to finish merges them in order, so the result does not
+// depend on which it is. The sink joins once, at the end. Exponentials are of base 2: queries are scaled by
+// log2(e)/sqrt(D), sinks are scaled here.
+// Launch: grid (K, rows, at most 64 splits), 128 threads, G <= 16; shared memory for `Memory`, as `decode_shared` in
+// ops.py reckons; -D HEAD_SIZE, HEAD_SIZE_PADDED (a multiple of 32), GROUP (G).
 // Moves: of each row the keys and values that it sees, 4 HEAD_SIZE_PADDED bytes a position and key head.
 #include "device.cuh"
 #include "spread.cuh"
@@ -22,6 +22,7 @@ constexpr int V_TILES = HEAD_SIZE_PADDED / 8;    // of 8 dimensions
 constexpr int HALF_HEAD = HEAD_SIZE / 2;
 constexpr int HALVES = GROUP > 8 ? 2 : 1;        // of the operand's 16 rows: the second one may be empty
 static_assert(GROUP <= 16, "the tensor cores' operand has 16 rows");
+static_assert(HEAD_SIZE_PADDED <= 128, "copy_chunk deals out rows of at most 256 bytes");
 constexpr int STAGES = HEAD_SIZE_PADDED <= 64 ? 2 : 1;  // chunks of a warp in flight
 constexpr int SHARES = (GROUP + 2 + NUM_WARPS - 1) / NUM_WARPS;  // a warp's, of queries, new key and new value
 constexpr int HEADS = (GROUP + NUM_WARPS - 1) / NUM_WARPS;       // a warp's, of queries, where splits are merged
@@ -52,7 +53,7 @@ union Memory {
 // Column 2t + i of tile n is position 8t + 2n + i of the chunk: a lane's 8 scores are of 8 neighbours.
 __device__ __forceinline__ int key_position(int tile, int g) { return g / 2 * 8 + 2 * tile + g % 2; }
 
-// A warp's copies of a chunk; its lanes read each other's, so the warp meets before it reads and before it copies again.
+// A warp's copies of a chunk; its lanes read each other's, so it meets before it reads and before it copies again.
 __device__ __forceinline__ void copy_chunk(Chunk& chunk, const __half* keys, const __half* values, int block_size, int lane) {
     const int g = lane / 4, t = lane % 4;
     if constexpr (8 % K_BLOCKS == 0) {
@@ -99,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     float scale) {
     extern __shared__ uint4 dynamic[];
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
-    __shared__ __half queries[8 * HALVES][HEAD_SIZE_PADDED + 8];
-    __shared__ __half new_key[HEAD_SIZE_PADDED], new_value[HEAD_SIZE_PADDED];
+    __shared__ __align__(16) __half queries[8 * HALVES][HEAD_SIZE_PADDED + 8];
+    __shared__ __align__(16) __half new_key[HEAD_SIZE_PADDED], new_value[HEAD_SIZE_PADDED];
     __shared__ float own_sinks[GROUP];
     __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -160,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             const bool is_there = head < num_sources && d < HEAD_SIZE;
             own[share][k] = is_there ? source[index * HEAD_SIZE + d] : 0.0f;
             if (is_there && angles != nullptr && head <= GROUP)
-                other[share][k] = d < HALF_HEAD ? -source[index * HEAD_SIZE + d + HALF_HEAD] : source[index * HEAD_SIZE + d - HALF_HEAD];
+                other[share][k] = d < HALF_HEAD ? -source[index * HEAD_SIZE + d + HALF_HEAD]
+                                                : source[index * HEAD_SIZE + d - HALF_HEAD];
             else
                 other[share][k] = 0.0f;
         }
@@ -286,7 +288,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
     auto write = [&](int head, int d, float value) {
         if (d >= HEAD_SIZE) return;
         const int column = (kv_head * GROUP + head) * HEAD_SIZE + d;
-        out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] = to_half(place < 0 ? 0.0f : value);
+        out[static_cast<size_t>(row) * out_pitch + (is_spread ? spread(column) : column)] =
+            to_half(place < 0 ? 0.0f : value);
     };
     constexpr int WIDTH = HEAD_SIZE_PADDED + 2;
     const size_t index = static_cast<size_t>(row) * num_kv_heads + kv_head;
@@ -316,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         const int head = i / HEAD_SIZE_PADDED, d = i % HEAD_SIZE_PADDED;
         float value = 0.0f;
 #pragma unroll
-        for (int share = 0; share < NUM_WARPS; share++) value += merged.values[share][head][d] * merged.factors[share][head];
+        for (int share = 0; share < NUM_WARPS; share++)
+            value += merged.values[share][head][d] * merged.factors[share][head];
         if (num_splits == 1)
             write(head, d, value);
         else
@@ -352,7 +356,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
         for (int i = 0; i < MAX_SPLITS / 32; i++) {
             const int split = i * 32 + lane, head = j * NUM_WARPS + warp;
             const float* own = &parts[(split * GROUP + head) * WIDTH + HEAD_SIZE_PADDED];
-            ends[j][i] = split < num_splits && head < GROUP ? __ldcg(reinterpret_cast<const float2*>(own)) : make_float2(NOTHING, 0.0f);
+            const bool is_there = split < num_splits && head < GROUP;
+            ends[j][i] = is_there ? __ldcg(reinterpret_cast<const float2*>(own)) : make_float2(NOTHING, 0.0f);
         }
     load(0, 0);
     // Each split's factor under the maximum of all, in the memory that merging no longer needs.
@@ -386,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, HEAD_SIZE_PADDED <=
             if (first_value + first_split > 0) load(first_value, first_split);
 #pragma unroll
             for (int round = 0; round < ROUNDS; round++) {
-                const int head = min((first_value + round * NUM_THREADS + static_cast<int>(threadIdx.x)) / HEAD_SIZE_PADDED, GROUP - 1);
+                const int i = first_value + round * NUM_THREADS + threadIdx.x, head = min(i / HEAD_SIZE_PADDED, GROUP - 1);
 #pragma unroll
                 for (int j = 0; j < BATCH_SPLITS; j++)
                     merged_values[round] += batch[round][j] * factors[head * MAX_SPLITS + first_split + j];

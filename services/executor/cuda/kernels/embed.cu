@@ -1,7 +1,8 @@
 // Rows of a matrix: out[i] = matrix[ids[i]], in float; embeddings and learned positions.
 //
 // An id below zero (a row that only fills up a graph's batch) reads row 0.
-// Launch: grid (rows, ceil(columns / 1024)), 128 threads. Moves: of each row its tiles' eight-column words, and 4 bytes a value written.
+// Launch: grid (rows, ceil(columns / 1024)), 128 threads. Moves: of each row its tiles' eight-column words, and 4 bytes
+// a value written.
 #include "weights.cuh"
 
 extern "C" __global__ void embed(const char* quants, const char* scales, const char* minima,

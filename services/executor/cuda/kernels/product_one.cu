@@ -6,7 +6,7 @@
 // so that nothing but the lane's own copies is waited for, and the first slots are on their way before the kernel before
 // this one ends. A tensor core multiplies with 8 columns where one is wanted: column g is block g of the group, and of
 // the product with block j column j is taken, so that a lane loads x once for a group, and lane t scales tile t's sums.
-// Strips that lie in one range are finished from registers; what ranges share of a strip is added up in their order.
+// Sums of strips go to shared memory; what several ranges have of one is added up in their order.
 // x: a row of half; or, with `norm_weight`, a row of float that each block puts through RMSNorm on its way to shared
 // memory. Experts: with the router's `logits` each block chooses `num_used` of `num_experts` by itself. A block of grid
 // row y takes the y-th best one and row y of out; summed, a block takes all of them, the y-th with row y of x, and out +=
@@ -155,14 +155,17 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
     // What the last step of all adds is asked for after x, which would come behind it: to shared memory or, where it is
     // much, to the second cache.
     const bool are_held = (end - begin) * num_parts <= HELD_STRIPS;
-    auto bias_of = [&](int own_strip, int part, int output) {  // of a strip's 16
+    constexpr int STRIP_OUTPUTS = EPILOGUE == SWIGLU ? 8 : 16;  // of gate and of up each, where a strip has both
+    auto bias_of = [&](int own_strip, int part, int output) {   // of a strip's 16
         const int own = IS_SUMMED ? experts[part] : expert;
-        const float* bias = EPILOGUE == SWIGLU && output >= 8 ? out.up_bias - 8 : out.bias;
-        return bias + static_cast<size_t>(own) * out.num_outputs + (begin + own_strip) * (EPILOGUE == SWIGLU ? 8 : 16) + output;
+        const float* bias = output >= STRIP_OUTPUTS ? out.up_bias - STRIP_OUTPUTS : out.bias;
+        return bias + static_cast<size_t>(own) * out.num_outputs + (begin + own_strip) * STRIP_OUTPUTS + output;
     };
     auto is_output = [&](int own_strip, int output) {
-        return (begin + own_strip) * (EPILOGUE == SWIGLU ? 8 : 16) + (EPILOGUE == SWIGLU ? output % 8 : output) < out.num_outputs;
+        return (begin + own_strip) * STRIP_OUTPUTS + output % STRIP_OUTPUTS < out.num_outputs;
     };
+    const int row = IS_SUMMED ? 0 : blockIdx.y;
+    const float* residual = static_cast<const float*>(out.values) + static_cast<size_t>(row) * out.pitch + begin * 16;
     auto hold_added = [&]() {
         for (int i = threadIdx.x; out.bias != nullptr && i < (end - begin) * num_parts * 16; i += NUM_THREADS) {
             const int own_strip = i / 16 / num_parts, part = i / 16 % num_parts;
@@ -174,7 +177,7 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
         }
         if constexpr (EPILOGUE == RESIDUAL)
             for (int i = threadIdx.x; are_held && i < (end - begin) * 16; i += NUM_THREADS)
-                if (is_output(i / 16, i % 16)) copy_async<4>(&residuals[i], static_cast<const float*>(out.values) + begin * 16 + i);
+                if (is_output(i / 16, i % 16)) copy_async<4>(&residuals[i], residual + i);
     };
     if (norm_weight != nullptr) {
         float values[HELD], factors[HELD], square = 0.0f;
@@ -275,10 +278,10 @@ __device__ __forceinline__ void stream(const Planes& planes, const Output& out,
         is_first = true;
         totals[0] = totals[1] = 0.0f;
     }
+    end_copies();  // those of a warp without tiles, too
     await_copies<0>();
     __syncthreads();
 
-    const int row = IS_SUMMED ? 0 : blockIdx.y;
     // Output i % 8 of a strip and the one eight on; what later ranges have of it comes in their order.
     for (int i = threadIdx.x; i < (end - begin) * 8; i += NUM_THREADS) {
         const int output = i % 8, own_strip = i / 8;
