@@ -39,7 +39,7 @@ from services.executor.cuda.products import SMALL_ROWS
 from services.executor.cuda.readback import HostBuffer, Launched, RowsToDraw, WantedLogits
 from services.executor.cuda.sampling import ROW_SAMPLING, CudaSampler
 from services.executor.cuda.weights import CudaWeights
-from services.executor.cuda.workspace import Workspace
+from services.executor.cuda.workspace import MAX_PARTIALS, Workspace
 from services.executor.models import MODELS
 from services.executor.step import FULL, GPU_DEPTH, WINDOW, Draws, KVGroup, StepBatch, StepResult
 from shared.errors import invalid_field
@@ -50,7 +50,7 @@ GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_LOGITS = 256  # rows of logits at once
 MAX_WANTED = 32  # rows of logits that a step brings to the host without waiting for them
 MAX_HEAD_SIZE = 128
-BUSY_BLOCKS = 3  # of attention on each multiprocessor, that splitting aims at: as many as run at once
+BUSY_BLOCKS = 3  # of attention on each multiprocessor, that splitting aims at: as many as run at once on Hopper
 MAX_SPLITS = 32  # of a sequence's positions: more take longer to merge than they save
 SPLIT_CHUNKS = 4  # of 32 positions, that a split has at least: one for each of its warps
 
@@ -88,6 +88,7 @@ class CudaRunner:
         config = weights.config
         _check(config, block_size)
         self._device, self._config, self._block_size = device, config, block_size
+        assert BUSY_BLOCKS * device.num_multiprocessors <= MAX_PARTIALS
         self._groups = [KVGroup(group.name, group.num_layers, group.window) for group in kv_groups(config, block_size)]
         device.load(modules_of(config, weights.families), cache, report)
         graph_rows = next((rows for rows in GRAPH_ROWS if rows >= max_sequences), max_sequences)
