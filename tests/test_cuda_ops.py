@@ -135,30 +135,27 @@ def test_products(device, type, outputs, inputs, num_rows, is_spread):
 
 @pytest.mark.parametrize("type", [GGMLType.MXFP4, GGMLType.Q8_0], ids=lambda t: t.name)
 @pytest.mark.parametrize("outputs", [2000, 60_001], ids=["few strips a block", "many"])
-def test_what_one_rows_product_adds_comes_from_memory_in_time(device, outputs, type):
-    """Biases and residuals that no cache has, new ones each time, under a product that takes next to no time."""
+def test_what_one_rows_product_adds_at_its_end(device, outputs, type):
+    """Biases and residuals: of few strips a block copies them ahead, of many it reads them when it needs them."""
     from services.executor.cuda.arrays import Epilogue
     from services.executor.cuda.weights import Vector
 
     random = np.random.default_rng(outputs)
-    weights, held = make_weights(
-        device, [[("w.weight", random.standard_normal((outputs, 64)).astype(np.float32), type)]]
-    )
+    values = random.standard_normal((outputs, 64)).astype(np.float32)
+    weights, held = make_weights(device, [[("w.weight", values, type)]])
     matrix = held["w.weight"].astype(np.float64)
     load(device, TINY_GPT2, [FAMILIES[type]])
     ops = make_ops(device, TINY_GPT2)
     x, exact = halves(device, random.standard_normal((1, 64)))
     expected, bound = exact @ matrix.T, product_bound(exact, matrix, type)
-    caches = device.allocate(256 << 20)
-    bias, out = device.allocate(4 * outputs), device.allocate(4 * outputs)
-    for _ in range(20):
+    for _ in range(3):
         biases, residuals = random.standard_normal((2, outputs)).astype(np.float32)
-        device.upload(bias, biases)
-        device.upload(out, residuals)
-        device.clear(caches, 256 << 20)
-        ops.run(ops.linear(x, weights.matrix("w.weight"), Vector((bias,), (outputs,))), out, outputs, Epilogue.RESIDUAL)
-        found = download(device, out, (1, outputs), np.float32)
-        assert_within(found, expected + biases + residuals, bound + 1e-6 * np.abs(expected))
+        out = upload(device, np.concatenate([residuals, [CANARY]]))
+        bias = Vector((upload(device, biases),), (outputs,))
+        ops.run(ops.linear(x, weights.matrix("w.weight"), bias), out, outputs, Epilogue.RESIDUAL)
+        found = download(device, out, (outputs + 1,), np.float32)
+        assert_within(found[:outputs], (expected + biases + residuals)[0], bound[0] + 1e-6 * np.abs(expected[0]))
+        assert found[outputs] == CANARY
 
 
 @pytest.mark.parametrize(("num_rows", "is_spread"), [(2, False), (70, False), (70, True)])
