@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.ggml_type import GGMLType
-from shared.quants import dequantize, find_invalid, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize, find_invalid
 
 NUM_COLUMNS = 4096
 

@@ -22,7 +22,8 @@ from shared.codecs import MXFP4, Floats
 from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf, read_tensor
 from shared.gpt_config import is_matrix
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 
 TYPES = [
     GGMLType.F16,

@@ -1,4 +1,4 @@
-"""How float32 values become blocks: for `mxgpt quantize`, the demo models' exporter and tests; serving uses none of it.
+"""Float32 values to blocks: for `mxgpt quantize`, the demo models' exporter and tests; serving imports none of it.
 
 gguf-py quantises to the plain types, and its results are used as they are. It has nothing for IQ4_NL and the
 K types (`k_quantizers`), its MXFP4 wraps the scale of blocks below 2^-125, and its BF16 makes half a million values a
@@ -15,6 +15,20 @@ import numpy as np
 from shared.codecs import BF16, IQ4_NL, MXFP4, Blocks, Bytes, Floats
 from shared.ggml_type import GGMLType
 from shared.k_quantizers import encode_q4_k, encode_q5_k, encode_q6_k, inverse, peak
+from shared.quants import find_invalid
+
+
+def quantize(
+    values: Floats,  # (..., num_columns), finite
+    type: GGMLType,
+) -> Bytes:
+    """Blocks, (..., row_bytes) uint8, of values rounded to what `type` can hold."""
+    assert values.dtype == np.float32
+    assert np.isfinite(values).all()
+    flat = np.ascontiguousarray(values).reshape(-1, type.block_size)
+    blocks = encode(flat, type).reshape(*values.shape[:-1], type.row_bytes(values.shape[-1]))
+    assert find_invalid(blocks, type) is None, f"the values are too large for {type.name}"
+    return blocks
 
 
 def encode(values: Floats, type: GGMLType) -> Bytes:

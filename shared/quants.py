@@ -1,4 +1,4 @@
-"""Tensor data of all thirteen types, to float32 and back, and the search for what no weight may be.
+"""Tensor data of all thirteen types to float32, and the search for what no weight may be; back: `shared.quantizers`.
 
 A tensor's bytes have shape (..., row_bytes), its values (..., num_columns): a row is a whole number of blocks.
 Work goes in steps of 64 Ki values, so that temporaries take less than a megabyte and stay in the cache.
@@ -12,7 +12,6 @@ import numpy.typing as npt
 from shared import codecs
 from shared.codecs import Blocks, Bytes, Codec, Floats
 from shared.ggml_type import GGMLType
-from shared.quantizers import encode
 
 STEP_VALUES = 1 << 16
 
@@ -70,19 +69,6 @@ def find_invalid(
         if invalid.any():
             return start + int(invalid.argmax())
     return None
-
-
-def quantize(
-    values: Floats,  # (..., num_columns), finite
-    type: GGMLType,
-) -> Bytes:
-    """Blocks, (..., row_bytes) uint8, of values rounded to what `type` can hold."""
-    assert values.dtype == np.float32
-    assert np.isfinite(values).all()
-    flat = np.ascontiguousarray(values).reshape(-1, type.block_size)
-    blocks = encode(flat, type).reshape(*values.shape[:-1], type.row_bytes(values.shape[-1]))
-    assert find_invalid(blocks, type) is None, f"the values are too large for {type.name}"
-    return blocks
 
 
 def _as_blocks(blocks: Bytes, type: GGMLType) -> Blocks:

@@ -9,7 +9,8 @@ from shared import cuda_layout
 from shared.ggml_type import GGMLType
 from shared.layout import plane_array
 from shared.manifest import Tensor
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 
 
 def open_device():

@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.ggml_type import GGMLType
 from shared.gguf_metadata import ValueType
-from shared.quants import quantize
+from shared.quantizers import quantize
 
 
 def write_gguf(

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from shared.ggml_type import GGMLType
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 
 K_TYPES = [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K]
 every_type = pytest.mark.parametrize("type_", K_TYPES, ids=lambda type_: type_.name)

@@ -24,7 +24,8 @@ from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf, read_tensor
 from shared.gpt_config import GPTConfig
 from shared.layout import FLOAT32_BUDGET
-from shared.quants import dequantize, find_invalid, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize, find_invalid
 
 LARGEST = 2.0**128  # the first power of two that float32 does not hold
 

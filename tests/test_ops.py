@@ -13,7 +13,8 @@ from services.executor.ops.numpy_ops import NumpyOps, Routing, rope_frequencies,
 from services.executor.step import KVGroup, SequenceSlice, StepBatch
 from services.executor.weights import BlockMatrix, DecodedMatrix, GatheredMatrix
 from shared.ggml_type import GGMLType
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 from tests.tiny_models import TINY_GPT2, TINY_GPT_OSS
 
 BLOCK_SIZE = 16

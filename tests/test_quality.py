@@ -20,7 +20,8 @@ from mxgpt.results import TokenLogprobs
 from mxgpt.tensor_error import TensorError, tensor_errors
 from shared.errors import ServiceError
 from shared.ggml_type import GGMLType
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 from tests.make_quality_goldens import GOLDENS, MODELS, figures
 from tests.stack import ROOT
 from tests.tiny_models import TINY_GPT2, WIDE_GPT2, write_model

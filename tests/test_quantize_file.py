@@ -13,7 +13,8 @@ from shared.errors import Reason, ServiceError
 from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf, read_tensor
 from shared.gpt_config import GPTConfig
-from shared.quants import dequantize, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize
 from tests.gguf_files import NUMBER_TYPES, write_gguf
 from tests.tiny_models import TINY_GPT2, model_metadata, random_tensor, write_model
 

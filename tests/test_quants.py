@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.ggml_type import GGMLType
-from shared.quants import dequantize, find_invalid, quantize
+from shared.quantizers import quantize
+from shared.quants import dequantize, find_invalid
 
 ALL_TYPES = list(GGMLType)
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # OCP Microscaling Formats 1.0, table 5; bit 3 of a code is its sign

@@ -15,7 +15,7 @@ from shared.ggml_type import GGMLType
 from shared.gguf import read_gguf
 from shared.gpt_config import GPTConfig, RopeConfig
 from shared.layout import FLOAT32_BUDGET
-from shared.quants import quantize
+from shared.quantizers import quantize
 
 TINY_GPT2 = GPTConfig(
     architecture="gpt2",
