@@ -24,19 +24,15 @@ def no_gpu() -> None:
 
 
 def test_the_loader_ends_with_one_sentence(tmp_path: Path, demo_gpt2: Path) -> None:
-    command = [sys.executable, "-m", "services.loader", "--listen", "127.0.0.1:0", "--device", "cuda:0"]
-    command += ["--socket", str(tmp_path / "loader.sock"), "--model", str(demo_gpt2)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if "ERROR" in line]
-    assert "--device cuda:0: " in line
-    assert "pip install '.[cuda]'" in line
+    ends_with_one_sentence("loader", "--socket", str(tmp_path / "loader.sock"), "--model", str(demo_gpt2))
 
 
 def test_an_executor_does_not_wait_for_a_loader_to_say_it() -> None:
-    command = [sys.executable, "-m", "services.executor", "--listen", "127.0.0.1:0", "--device", "cuda:0"]
-    command += ["--loader", f"127.0.0.1:{free_ports(1)[0]}"]
+    ends_with_one_sentence("executor", "--loader", f"127.0.0.1:{free_ports(1)[0]}")
+
+
+def ends_with_one_sentence(service: str, *options: str) -> None:
+    command = [sys.executable, "-m", f"services.{service}", "--listen", "127.0.0.1:0", "--device", "cuda:0", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
