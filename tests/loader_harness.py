@@ -114,6 +114,7 @@ async def running_loader(directory: Path, *models: Path, **options: Any) -> Asyn
     try:
         assert await loader.load_at_start()
         async with open_channel(address) as channel:
+            await channel.channel_ready()  # a server of an earlier test may have had this port: gRPC remembers
             yield Running(loader, address, channel)
     finally:
         await loader.stop()

@@ -158,6 +158,17 @@ except (OSError, RuntimeError) as error:
     assert ran.stdout.startswith("refused:"), (ran.stdout, ran.stderr)
 
 
+def test_a_worker_that_nobody_reads_any_more_ends_without_a_word() -> None:
+    command = [sys.executable, "services/tokenizer/template_worker.py", str(1 << 30), "10"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT) as worker:
+        assert worker.stdout is not None
+        assert worker.stderr is not None
+        worker.stdout.close()
+        assert worker.stderr.read() == b""
+        assert worker.wait(60) == 0
+
+
 def test_the_worker_can_open_nothing() -> None:
     """It runs under the limits, and under the kernel's filter of system calls."""
 

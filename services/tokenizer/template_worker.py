@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
 import resource
 import runpy
 import sys
@@ -122,10 +123,13 @@ def main() -> None:
     _warm_up(renderer)
     error = _limit_process(max_memory_bytes)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    _write(sink, {"unfiltered": error})
-    while request := _read(source):
-        _limit_cpu(cpu_seconds)
-        _write(sink, renderer.answer(request))
+    try:
+        _write(sink, {"unfiltered": error})
+        while request := _read(source):
+            _limit_cpu(cpu_seconds)
+            _write(sink, renderer.answer(request))
+    except BrokenPipeError:
+        os._exit(0)  # nobody reads any more; the interpreter would try once more to write, and say so
 
 
 def _read(source: BinaryIO) -> Any:
