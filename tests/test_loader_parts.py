@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import NoReturn
 
 import pytest
 
@@ -275,6 +276,27 @@ def test_processes_that_check_end_with_their_file_or_with_the_loader(
     checks.make_ready()
     checks.close()
     assert not checks._waiting
+
+
+def test_a_load_goes_on_though_no_process_can_be_started_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tokenizer_check, "MIN_FILE_BYTES", 0)
+    path = write_gpt2(tmp_path / "m.gguf")
+    checks = TokenizerChecks(keeps_ready=True)
+    checks.make_ready()
+
+    def refuse() -> NoReturn:
+        raise BlockingIOError("too many processes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_check, "_start", refuse)
+        with checks.begin(path) as check:
+            assert check.eog_token_ids(read_gguf(path)) == (WIDE_GPT2.vocab_size - 1,)
+    assert "no process waits to check the next tokenizer: too many processes" in caplog.text
+    with checks.begin(path) as check:  # it has none waiting, and starts one
+        assert check.eog_token_ids(read_gguf(path)) == (WIDE_GPT2.vocab_size - 1,)
+    checks.close()
 
 
 def test_phases_are_told_in_order() -> None:

@@ -94,8 +94,8 @@ class EngineClient:
         assert self._started is not None
         sizes = [allocation.num_bytes for allocation in manifest.allocations]
         self._send(Setup(manifest, engine))
-        with contextlib.suppress(OSError):  # the process tells what it lacks, or has ended
-            await asyncio.to_thread(send_descriptors, self._process.descriptors, descriptors, sizes, DESCRIPTOR_SECONDS)
+        with self._process.descriptors as connection, contextlib.suppress(OSError):  # the process tells what it lacks
+            await asyncio.to_thread(send_descriptors, connection, descriptors, sizes, DESCRIPTOR_SECONDS)
         answer = await self._started
         if answer is None:
             raise _ended_early()

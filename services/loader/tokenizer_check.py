@@ -7,6 +7,7 @@ it is checked in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import stat
@@ -18,6 +19,8 @@ from pathlib import Path
 from shared.errors import Reason, ServiceError
 from shared.gguf import GGUFFile, read_gguf
 from shared.tokenizer_data import tokenizer_data_from_gguf
+
+log = logging.getLogger(__name__)
 
 MIN_FILE_BYTES = 256 << 20  # of a file that is worth a process
 
@@ -54,7 +57,10 @@ class TokenizerChecks:
             with contextlib.suppress(BrokenPipeError):  # it has failed, as its exit code will tell
                 process.stdin.write(os.fsencode(path))
                 process.stdin.close()
-            self.make_ready()  # now, since the next load may begin as soon as this one ends
+            try:
+                self.make_ready()  # now, since the next load may begin as soon as this one ends
+            except OSError as error:  # this load has its process
+                log.warning("no process waits to check the next tokenizer: %s", error)
             yield TokenizerCheck(process)
         finally:
             _end(process)
