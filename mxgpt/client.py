@@ -14,7 +14,7 @@ from mxgpt.connection import DEFAULT_TARGET, Connection
 from mxgpt.errors import MxgptError, cancelled, early_end, from_rpc_error
 from mxgpt.options import Message, Options, Prompt, build_request
 from mxgpt.results import Piece, Result
-from mxgpt.retry import Retries, RetryPolicy
+from mxgpt.retry import Executors, Retries, RetryPolicy
 from mxgpt.tracing import span_of
 from mxgpt.transcript import Transcript
 from mxgpt.v1 import executor_pb2 as pb
@@ -53,6 +53,7 @@ class Client:
         self._stub: Any = pb_grpc.ExecutorServiceStub(self._channel)
         self._timeout = timeout
         self._policy = retry or RetryPolicy()
+        self._executors = Executors()
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Generation:
         """Start a generation; iterate over it for its pieces, close it to cancel it.
@@ -68,7 +69,7 @@ class Client:
                 is raised by the iteration.
         """
         request = build_request(prompt, options)
-        retries = Retries(self._policy, timeout if timeout is not None else self._timeout)
+        retries = Retries(self._policy, self._executors, timeout if timeout is not None else self._timeout)
         return Generation(self._stub, request, retries, self._connection.metadata)
 
     def complete(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Result:
@@ -112,12 +113,15 @@ class Client:
         self.close()
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        retries = Retries(self._policy, UNARY_TIMEOUT)
+        retries = Retries(self._policy, self._executors, UNARY_TIMEOUT)
         while True:
             try:
-                return method(request, timeout=retries.remaining(), metadata=self._connection.metadata)
+                response = method(request, timeout=retries.remaining(), metadata=self._connection.metadata)
             except grpc.RpcError as error:
                 delay = retries.delay_after(from_rpc_error(error), started=False)
+            else:
+                retries.succeeded()
+                return response
             time.sleep(delay)
 
 

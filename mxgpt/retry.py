@@ -20,7 +20,7 @@ class RetryPolicy:
     """
 
     max_attempts: int = 4  # in a row without a token, before the first token has come
-    max_resume_attempts: int = 8  # the same after it, or while executors stop: another one may be starting
+    max_resume_attempts: int = 8  # the same after it, and from executors that are known: see `Executors`
     max_resumes: int = 32  # attempts to resume one stream in all: a prompt that kills executors comes to an end
     initial_backoff: float = 0.1  # seconds
     max_backoff: float = 5.0  # seconds
@@ -32,11 +32,24 @@ class RetryPolicy:
             raise ValueError("backoff runs from initial_backoff up to max_backoff, both at least 0")
 
 
+@dataclass
+class Executors:
+    """Those behind one client's target, whose threads may all write it.
+
+    known: one has served this client, or said that it stops. Whoever is missing then is being restarted, and the
+        channel may take two seconds more to notice that it is back (`grpc.max_reconnect_backoff_ms`): worth more
+        patience than an address where nobody ever answered.
+    """
+
+    known: bool = False
+
+
 class Retries:
     """The attempts of one call, under one deadline.
 
     Args:
         policy: the bounds.
+        executors: what its client knows of them, and learns from this call.
         timeout: seconds for all attempts and the waits between them; None for no limit.
         clock, uniform: time in seconds and a draw from [0, 1), for tests.
     """
@@ -44,11 +57,13 @@ class Retries:
     def __init__(
         self,
         policy: RetryPolicy,
+        executors: Executors,
         timeout: float | None,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[], float] = random.random,
     ) -> None:
         self._policy = policy
+        self._executors = executors
         self._clock = clock
         self._uniform = uniform
         self._deadline = None if timeout is None else clock() + timeout
@@ -77,6 +92,7 @@ class Retries:
 
     def succeeded(self) -> None:
         """Note that something new has come."""
+        self._executors.known = True
         self._num_failures = 0
         self._num_resumes += self._is_resuming
         self._is_resuming = False
@@ -92,7 +108,8 @@ class Retries:
             MxgptError: `error` itself where another attempt makes no sense or is one too many.
         """
         self._num_failures += 1
-        is_patient = started or error.reason == Reason.DRAINING.name
+        self._executors.known |= error.reason == Reason.DRAINING.name
+        is_patient = started or (self._executors.known and error.is_unavailable)
         limit = self._policy.max_resume_attempts if is_patient else self._policy.max_attempts
         if not self._is_passing(error) or self._num_failures >= limit:
             raise error

@@ -169,6 +169,36 @@ def test_attempts_are_bounded(executor, complete, error, num_attempts):
     assert len(executor.requests) == num_attempts
 
 
+def test_executors_that_have_served_are_waited_for(executor):
+    """For as many attempts as while they say that they stop: one that is missing is being restarted."""
+    gone = [fail_at(0, ServiceError(Reason.EXECUTOR_UNAVAILABLE, "gone"))] * (QUICK.max_resume_attempts - 1)
+    with Client(executor.address, retry=QUICK) as client:
+        client.complete("hello", max_tokens=NUM_TOKENS)
+        executor.faults[:] = gone
+        assert client.complete("hello", max_tokens=NUM_TOKENS).num_resumes == 0
+
+    async def run():
+        async with AsyncClient(executor.address, retry=QUICK) as client:
+            await client.list_models()  # as good as a generation
+            executor.faults[:] = gone
+            return await client.complete("hello", max_tokens=NUM_TOKENS)
+
+    assert asyncio.run(run()).text == whole_text(0, NUM_TOKENS)
+
+
+def test_a_restart_between_calls_is_not_noticed(executor):
+    """Nobody listens for a second and a half, and the channel waits between its own attempts to connect."""
+    server, address = serve(executor)
+    with Client(address) as client, futures.ThreadPoolExecutor() as pool:
+        client.list_models()
+        server.stop(None).wait()
+        waiting = pool.submit(client.complete, "hello", max_tokens=NUM_TOKENS)
+        time.sleep(1.5)
+        server, _ = serve(executor, address)
+        assert waiting.result().text == whole_text(0, NUM_TOKENS)
+    server.stop(None)
+
+
 def test_text_alone_is_not_resumed(executor, complete):
     executor.faults[:] = [break_at(3)]
     with pytest.raises(MxgptError) as caught:

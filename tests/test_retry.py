@@ -4,7 +4,8 @@ import grpc
 import pytest
 
 from mxgpt import MxgptError, RetryPolicy
-from mxgpt.retry import Retries
+from mxgpt.retry import Executors, Retries
+from shared.channel import CHANNEL_OPTIONS
 
 BROKEN = MxgptError(grpc.StatusCode.UNAVAILABLE, "EXECUTOR_UNAVAILABLE", "gone")
 STOPPING = MxgptError(grpc.StatusCode.UNAVAILABLE, "DRAINING", "stopping")
@@ -22,8 +23,10 @@ class Clock:
         return self.now
 
 
-def _retries(timeout: float | None = None, clock: Clock | None = None, **policy) -> Retries:
-    return Retries(RetryPolicy(**policy), timeout, clock or Clock(), uniform=lambda: 0.0)
+def _retries(
+    timeout: float | None = None, clock: Clock | None = None, executors: Executors | None = None, **policy
+) -> Retries:
+    return Retries(RetryPolicy(**policy), executors or Executors(), timeout, clock or Clock(), uniform=lambda: 0.0)
 
 
 def test_delays_double_up_to_the_longest():
@@ -48,6 +51,35 @@ def test_an_executor_that_stops_is_worth_more_attempts():
     with pytest.raises(MxgptError) as caught:
         retries.delay_after(STOPPING, started=False)
     assert caught.value is STOPPING
+
+
+@pytest.mark.parametrize("learnt", ["by this call", "by another"])
+def test_known_executors_are_worth_more_attempts(learnt):
+    """They are being restarted, or the channel has not noticed yet that they are back."""
+    executors = Executors()
+    if learnt == "by another":
+        _retries(executors=executors).succeeded()
+    retries = _retries(executors=executors, max_attempts=2, max_resume_attempts=4)
+    retries.delay_after(STOPPING if learnt == "by this call" else BROKEN, started=False)
+    for _ in range(2):
+        retries.delay_after(BROKEN, started=False)
+    with pytest.raises(MxgptError) as caught:
+        retries.delay_after(BROKEN, started=False)
+    assert caught.value is BROKEN
+
+
+def test_known_executors_that_are_full_are_asked_no_more_often_than_others():
+    retries = _retries(executors=Executors(known=True), max_attempts=2, max_resume_attempts=4)
+    retries.delay_after(FULL, started=False)
+    with pytest.raises(MxgptError):
+        retries.delay_after(FULL, started=False)
+
+
+def test_known_executors_are_waited_for_longer_than_a_channel_takes_to_notice_them():
+    channel_seconds = dict(CHANNEL_OPTIONS)["grpc.max_reconnect_backoff_ms"] / 1e3 * 1.2  # gRPC's own jitter: 20 %
+    retries = Retries(RetryPolicy(), Executors(known=True), None, Clock(), uniform=lambda: 1.0)
+    waits = [retries.delay_after(BROKEN, started=False) for _ in range(RetryPolicy().max_resume_attempts - 1)]
+    assert sum(waits) > 2 * channel_seconds
 
 
 def test_a_token_starts_the_count_again_but_not_that_of_resumes():
