@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.executor.engine import Engine, EngineConfig
+from services.executor.engine import Engine
+from services.executor.engine_config import EngineConfig
 from services.executor.request import (
     FinishReason,
     OutputFinished,

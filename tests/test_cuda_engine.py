@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from services.executor.engine import Engine, EngineConfig
+from services.executor.engine import Engine
+from services.executor.engine_config import EngineConfig
 from services.executor.immediate import ImmediateRunner
 from tests.cuda_device import open_device
 from tests.engine_harness import make_request, run

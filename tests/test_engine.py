@@ -9,7 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from services.executor.engine import Engine, EngineConfig
+from services.executor.engine import Engine
+from services.executor.engine_config import EngineConfig
 from services.executor.request import (
     FinishReason,
     OutputFinished,

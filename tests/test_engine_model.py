@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from services.executor.engine import Engine, EngineConfig
+from services.executor.engine import Engine
+from services.executor.engine_config import EngineConfig
 from services.executor.runner import NumpyRunner
 from services.executor.weights import Weights
 from shared.gguf import read_gguf

@@ -28,6 +28,11 @@ def config(**options: Any) -> ExecutorConfig:
     return ExecutorConfig(ServerConfig("127.0.0.1:0"), ClientConfig(), "loader:1", "tokenizer:1", **options)
 
 
+def test_each_device_reads_layouts_of_its_own() -> None:
+    assert config(device="cpu").layouts == ("cpu.f32.v1", "cpu.blocks.v1")
+    assert config(device="cuda:1").layouts == ("cuda.v1",)
+
+
 def test_kv_blocks_stay_within_their_memory(model: GPTConfig) -> None:
     sizes = {group.name: group.block_bytes for group in kv_groups(model, 32)}
     for mebibytes in (2, 17, 64, 1024):

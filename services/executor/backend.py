@@ -10,11 +10,9 @@ from services.executor.engine_config import EngineConfig
 from services.executor.runner import NumpyRunner
 from services.executor.step import Runner
 from services.executor.weights import Weights
-from shared.cuda_layout import CUDA_LAYOUT
 from shared.cuda_memory import GET_PACKAGES, CudaDevice, gpu_unusable, import_readonly
 from shared.descriptors import map_readonly
 from shared.devices import device_index
-from shared.layout import LAYOUTS
 from shared.manifest import Manifest
 from shared.phases import Phases
 
@@ -26,11 +24,6 @@ Backend = Callable[[Manifest, Sequence[int], EngineConfig], Runner]
 The descriptors, one of each allocation, stay the caller's. Raises ServiceError as `NumpyRunner` and `CudaRunner`, and
 MemoryError where the host lacks the memory for the KV blocks.
 """
-
-
-def layouts_of(device: str) -> Sequence[str]:
-    """The layouts that a device's backend reads, best first."""
-    return LAYOUTS if device_index(device) is None else (CUDA_LAYOUT,)
 
 
 def make_backend(device: str) -> Backend:

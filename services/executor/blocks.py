@@ -14,24 +14,13 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from services.executor.engine_status import BlockUsage
 from services.executor.sequence import BlockTable, Sequence
 from services.executor.step import KVGroup
-
-
-@dataclass(frozen=True)
-class BlockUsage:
-    """KV blocks of one group, as mxgpt.v1.BlockUsage."""
-
-    group: str
-    block_size: int
-    num_blocks: int
-    num_free: int  # unused ones, cached or not
-    num_cached: int  # of them, kept for the prefix cache
 
 
 class BlockPool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.executor.engine_config import EngineConfig
 from services.executor.step import FULL, GPU_DEPTH, WINDOW
 from shared.config import ClientConfig, ServerConfig
+from shared.cuda_layout import CUDA_LAYOUT
 from shared.devices import device_index
 from shared.errors import Reason, ServiceError
 from shared.gpt_config import GPTConfig
+from shared.layout import LAYOUTS
 from shared.memory import kv_groups, num_kv_blocks
 from shared.telemetry_config import TelemetryConfig
 
@@ -59,6 +62,11 @@ class ExecutorConfig:
     def name(self) -> str:
         """The executor's id, made up where none is given."""
         return self.executor_id or f"{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def layouts(self) -> Sequence[str]:
+        """The layouts of weights that the device's backend reads, best first."""
+        return LAYOUTS if device_index(self.device) is None else (CUDA_LAYOUT,)
 
     def engine_config(self, model: GPTConfig) -> EngineConfig:
         """The engine's share: KV blocks of each group, as many as the memory holds and the batch can use.

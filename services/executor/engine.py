@@ -13,11 +13,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from services.executor.admission import check_queue, check_request, max_tokens
-from services.executor.blocks import BlockManager, BlockUsage
+from services.executor.blocks import BlockManager
 from services.executor.engine_config import EngineConfig
+from services.executor.engine_status import EngineStatus
 from services.executor.outcome import Outcome, read_result
 from services.executor.plan import Plan, Share, probe
 from services.executor.request import (
@@ -36,23 +36,7 @@ from services.executor.sequence import ActiveRequest, Sequence
 from services.executor.step import DeviceLostError, Runner
 from shared.errors import Reason, ServiceError, invalid_field
 
-__all__ = ["Engine", "EngineConfig", "EngineStatus"]
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """What the engine is doing; counters are since its start."""
-
-    num_running: int  # sequences in the batch
-    num_waiting: int  # sequences that wait for admission
-    blocks: tuple[BlockUsage, ...]  # one for each group
-    num_steps: int
-    num_prompt_tokens: int  # computed, those computed again after a preemption included
-    num_cached_tokens: int  # of prompts, found in the prefix cache
-    num_output_tokens: int  # drawn
-    num_preemptions: int
 
 
 class Engine:

@@ -7,9 +7,9 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
-from services.executor.engine import EngineStatus
 from services.executor.engine_config import EngineConfig
 from services.executor.engine_spawn import DESCRIPTOR_SECONDS, EngineProcess
+from services.executor.engine_status import EngineStatus
 from services.executor.messages import (
     AskStatus,
     Broken,

@@ -12,7 +12,6 @@ from prometheus_client import ProcessCollector
 from prometheus_client.core import Metric
 
 from mxgpt.v1 import executor_pb2, executor_pb2_grpc, tokenizer_pb2_grpc
-from services.executor.backend import layouts_of
 from services.executor.config import ExecutorConfig
 from services.executor.engine_client import EngineClient, engine_gone
 from services.executor.engine_spawn import EngineProcess
@@ -133,13 +132,13 @@ class Executor:
 
     async def _attach(self) -> Attachment:
         """Attach as soon as the loader is there and has the model; any service may start first."""
-        layouts = layouts_of(self._config.device)
+        config = self._config
         delay, last_message = 0.05, ""
         while True:
             try:
                 with self._telemetry.calls.peer("LoaderService", "Attach", starts_trace=True) as peer:
                     self._lease = peer.span
-                    return await self._loader.attach(self._config.model, layouts, self._config.name, peer.metadata)
+                    return await self._loader.attach(config.model, config.layouts, config.name, peer.metadata)
             except ServiceError as error:
                 if error.status is not Status.UNAVAILABLE and error.reason is not Reason.MODEL_NOT_FOUND:
                     raise

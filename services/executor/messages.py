@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.executor.engine import EngineStatus
 from services.executor.engine_config import EngineConfig
+from services.executor.engine_status import EngineStatus
 from services.executor.request import Event, Request
 from shared.errors import ServiceError
 from shared.manifest import Manifest

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mxgpt.v1 import executor_pb2
-from services.executor.engine import EngineStatus
+from services.executor.engine_status import EngineStatus
 from services.executor.request import Event, TokenDrawn
 from shared.calls import OK, Call
 from shared.logs import add_log_fields
