@@ -75,7 +75,8 @@ def error_details(error: ServiceError) -> bytes:
 def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
     """The `ServiceError` that a server sent, or one with the reason `unreachable` where no server answered.
 
-    A status that carries no reason of ours becomes `unreachable` too, except for cancellation and deadlines.
+    A status that carries no reason of ours becomes `unreachable` too, except for deadlines and refused tokens. So does
+    CANCELLED: to a call that its caller has not cancelled, gRPC says so of a server that stops.
     """
     details = read_details(error)
     if details is not None and details.reason in Reason.__members__:
@@ -88,8 +89,6 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> ServiceError:
         )
     code = error.code()
     message = error.details() or code.name
-    if code is grpc.StatusCode.CANCELLED:
-        return ServiceError(Reason.CANCELLED, message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServiceError(Reason.DEADLINE, message)
     if code is grpc.StatusCode.UNAUTHENTICATED:

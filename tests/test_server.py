@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,28 @@ def test_a_defect_is_internal_and_tells_no_secret() -> None:
             assert from_rpc_error(error, Reason.EXECUTOR_UNAVAILABLE).metadata["reference"] in error.details()
 
     serving(test)
+
+
+def test_a_server_that_stops_counts_as_unreachable() -> None:
+    """gRPC ends calls that come at that moment with CANCELLED, though nobody has cancelled them."""
+    errors: list[grpc.aio.AioRpcError] = []
+
+    async def test(address: str, server: Server, servicer: Servicer) -> None:
+        async with open_channel(address) as channel:
+            stub = executor_pb2_grpc.ExecutorServiceStub(channel)
+            await stub.Cancel(executor_pb2.CancelRequest())
+            calls = [stub.Cancel(executor_pb2.CancelRequest()) for _ in range(50)]
+            await asyncio.sleep(0.001)
+            await server.grpc.stop(grace=1.0)
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            errors.extend(answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError))
+
+    deadline = time.monotonic() + 30
+    while not any(error.code() is grpc.StatusCode.CANCELLED for error in errors) and time.monotonic() < deadline:
+        serving(test)
+    assert any(error.code() is grpc.StatusCode.CANCELLED for error in errors)
+    reasons = {from_rpc_error(error, Reason.TOKENIZER_UNAVAILABLE).reason for error in errors}
+    assert reasons == {Reason.TOKENIZER_UNAVAILABLE}
 
 
 def test_an_error_in_mid_stream_and_a_cancelled_stream_close_the_generator() -> None:

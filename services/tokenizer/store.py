@@ -180,7 +180,7 @@ class LoaderStore:
 
 def _loader_error(error: grpc.aio.AioRpcError) -> ServiceError:
     found = from_peer_error(error, Reason.LOADER_UNAVAILABLE)
-    if found.reason in (Reason.DEADLINE, Reason.CANCELLED, Reason.DRAINING):
+    if found.reason in (Reason.DEADLINE, Reason.DRAINING):
         return ServiceError(Reason.LOADER_UNAVAILABLE, f"{Reason.LOADER_UNAVAILABLE.meaning} ({found.message})")
     return found
 
