@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,39 +76,50 @@ def test_a_rolling_restart_of_two_executors_under_load_loses_no_stream(demo_gpt_
     """Streams of eight clients, some longer than the grace, while each executor is stopped and started, twice."""
     num_clients, kinds = 8, [20, 80, 900]
     with running(demo_gpt_oss, 2, ["--drain-seconds", "0.5"]) as stack, Client(stack.address) as client:
+        load = Load(client, kinds)
+        with load.asking(num_clients):
+            for index in (0, 1, 0, 1):
+                assert restart(stack, index) == 0
+    load.check()
+    assert load.num_resumed > 0
+    assert len({result.executor_id for _, result in load.results}) > 2, "the new executors serve too"
 
-        def complete(number: int) -> Result:
-            num_tokens = kinds[number % len(kinds)]
-            return client.complete(PROMPT, temperature=1.0, seed=number % 6, max_tokens=num_tokens, ignore_eos=True)
 
-        quiet = [outcome(complete(number)) for number in range(6)]
-        results: list[tuple[int, Result]] = []
-        errors: list[Exception] = []
-        over = threading.Event()
-        numbers = itertools.count()
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_whatever_is_stopped_or_killed_and_started_again_loses_no_stream(demo_gpt_oss: Path, tmp_path: Path) -> None:
+    """A loader, two tokenizers and two executors, one at a time and at random; it is healthy before the next goes."""
+    seed = random.randrange(1 << 32)
+    print(f"\nseed {seed}")
+    draw = random.Random(seed)
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(5)]
+    loader, tokenizers, executors = addresses[0], addresses[1:3], addresses[3:]
+    grace = ("--drain-seconds", "0.5")
+    options: list[tuple[str, ...]] = [
+        ("loader", "--socket", str(tmp_path / "loader.sock"), "--model", str(demo_gpt_oss)),
+        *[("tokenizer", "--loader", loader, *grace)] * 2,
+        *[("executor", "--loader", loader, "--tokenizer", ",".join(tokenizers), "--threads", "1", *grace)] * 2,
+    ]
 
-        def keep_asking() -> None:
-            while not over.is_set():
-                number = next(numbers)
-                try:
-                    results.append((number, complete(number)))
-                except Exception as error:
-                    errors.append(error)
+    def start(index: int) -> Service:
+        return Service(*options[index], "--listen", addresses[index])
 
-        clients = [threading.Thread(target=keep_asking) for _ in range(num_clients)]
-        for each in clients:
-            each.start()
-        for index in (0, 1, 0, 1):
-            assert restart(stack, index) == 0
-        over.set()
-        for each in clients:
-            each.join()
-    assert errors == []
-    assert all(outcome(result) == quiet[number % 6] for number, result in results)
-    num_resumed = sum(result.num_resumes > 0 for _, result in results)
-    print(f"\n{len(results)} streams, {num_resumed} of them resumed, over 4 restarts")
-    assert num_resumed > 0
-    assert len({result.executor_id for _, result in results}) > 2, "the new executors serve too"
+    with started() as services, Client(",".join(executors)) as client:
+        services.extend(map(start, range(5)))
+        for service in services:
+            service.wait_healthy()
+        load = Load(client, [20, 80, 400])
+        with load.asking(6):
+            for _ in range(30):
+                index = draw.randrange(5)
+                if draw.random() < 0.5:
+                    services[index].kill()
+                else:
+                    services[index].stop()
+                services[index] = start(index)
+                services[index].wait_healthy()
+    load.check()
+    assert load.num_resumed > 0
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["loader", "tokenizer", "executor"])), ids="-".join)
@@ -127,6 +139,59 @@ def test_services_may_start_in_any_order(demo_gpt_oss: Path, tmp_path: Path, ord
             service.wait_healthy()
         with Client(f"127.0.0.1:{ports['executor']}") as client:
             assert client.chat([{"role": "user", "content": "What is 12 + 30?"}], temperature=0).content == "42"
+
+
+class Load:
+    """Threads that ask for the same few seeded streams again and again, and what they got.
+
+    Args:
+        lengths: of the streams, in tokens.
+    """
+
+    NUM_SEEDS = 6
+
+    def __init__(self, client: Client, lengths: Sequence[int]) -> None:
+        self._client = client
+        self._lengths = lengths
+        self._quiet = [outcome(self._complete(number)) for number in range(self.NUM_SEEDS)]
+        self._over = threading.Event()
+        self._numbers = itertools.count()
+        self._errors: list[Exception] = []
+        self.results: list[tuple[int, Result]] = []
+
+    @property
+    def num_resumed(self) -> int:
+        return sum(result.num_resumes > 0 for _, result in self.results)
+
+    @contextmanager
+    def asking(self, num_clients: int) -> Iterator[None]:
+        clients = [threading.Thread(target=self._keep_asking) for _ in range(num_clients)]
+        for each in clients:
+            each.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            for each in clients:
+                each.join()
+
+    def check(self) -> None:
+        """Each stream has come, and is what it was before anything was stopped."""
+        print(f"\n{len(self.results)} streams, {self.num_resumed} of them resumed")
+        assert self._errors == []
+        assert all(outcome(result) == self._quiet[number % self.NUM_SEEDS] for number, result in self.results)
+
+    def _complete(self, number: int) -> Result:
+        options = {"seed": number % self.NUM_SEEDS, "max_tokens": self._lengths[number % len(self._lengths)]}
+        return self._client.complete(PROMPT, temperature=1.0, ignore_eos=True, **options)
+
+    def _keep_asking(self) -> None:
+        while not self._over.is_set():
+            number = next(self._numbers)
+            try:
+                self.results.append((number, self._complete(number)))
+            except Exception as error:
+                self._errors.append(error)
 
 
 def outcome(result: Result) -> list[Any]:
