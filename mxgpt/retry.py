@@ -20,7 +20,7 @@ class RetryPolicy:
     """
 
     max_attempts: int = 4  # in a row without a token, before the first token has come
-    max_resume_attempts: int = 8  # the same after it, and from executors that are known: see `Executors`
+    max_resume_attempts: int = 8  # the same after it, and before it of executors that are known: see `Executors`
     max_resumes: int = 32  # attempts to resume one stream in all: a prompt that kills executors comes to an end
     initial_backoff: float = 0.1  # seconds
     max_backoff: float = 5.0  # seconds
@@ -34,7 +34,7 @@ class RetryPolicy:
 
 @dataclass
 class Executors:
-    """Those behind one client's target, whose threads may all write it.
+    """Those behind one client's target. Its threads share it, and only ever set what is in it.
 
     known: one has served this client, or said that it stops. Whoever is missing then is being restarted, and the
         channel may take two seconds more to notice that it is back (`grpc.max_reconnect_backoff_ms`): worth more
@@ -108,7 +108,8 @@ class Retries:
             MxgptError: `error` itself where another attempt makes no sense or is one too many.
         """
         self._num_failures += 1
-        self._executors.known |= error.reason == Reason.DRAINING.name
+        if error.reason == Reason.DRAINING.name:
+            self._executors.known = True
         is_patient = started or (self._executors.known and error.is_unavailable)
         limit = self._policy.max_resume_attempts if is_patient else self._policy.max_attempts
         if not self._is_passing(error) or self._num_failures >= limit:
